@@ -1,0 +1,36 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+demo = ["scikit-learn>=1.4", "matplotlib>=3.8"]
+dev = [*demo, "pytest>=8", "pytest-timeout>=2.3", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
+
+setup(
+    name="composer_sassha",
+    version="0.1.0",
+    description="Sharpness-aware and second-order training for MosaicML Composer",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    # The recipes live in yamls/ at the top level; an installed package carries them as composer_sassha/yamls.
+    packages=[*find_packages(include=["composer_sassha", "composer_sassha.*"]), "composer_sassha.yamls"],
+    package_dir={"composer_sassha.yamls": "yamls"},
+    package_data={"composer_sassha": ["py.typed", "**/*.md"], "composer_sassha.yamls": ["*.yaml"]},
+    install_requires=[
+        "mosaicml>=0.32,<0.33",
+        "torch>=2.6",
+        "torchvision",
+        "pyyaml",
+        "omegaconf>=2.3",
+    ],
+    extras_require={"demo": demo, "dev": dev, "all": sorted({*demo, *dev})},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
