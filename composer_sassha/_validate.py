@@ -1,0 +1,48 @@
+"""Hyperparameter checks that all say the same thing: the value, what is allowed, and whose argument it is."""
+
+import math
+from typing import Any
+
+
+def number(
+    owner: str, name: str, value: Any, low: float, high: float = math.inf, *, below: bool = False
+) -> float:
+    """Return `value` if it is a finite number in [low, high] ([low, high) with `below`), else raise.
+
+    Raises:
+        TypeError: `value` is not a number.
+        ValueError: `value` is not finite or lies outside the range.
+
+    Example:
+        >>> number("SAM", "rho", -0.1, low=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: SAM: rho=-0.1 is not allowed; it must be a number >= 0
+    """
+    bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}{')' if below else ']'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name}={value!r} is not allowed; it must be a number {bounds}")
+    if not (math.isfinite(value) and low <= value <= high and not (below and value == high)):
+        raise ValueError(f"{owner}: {name}={value!r} is not allowed; it must be a number {bounds}")
+    return value
+
+
+def integer(owner: str, name: str, value: Any, low: int) -> int:
+    """Return `value` if it is an integer >= `low`, else raise.
+
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is below `low`.
+
+    Example:
+        >>> integer("SAM", "interval", 0, low=1)
+        Traceback (most recent call last):
+            ...
+        ValueError: SAM: interval=0 is not allowed; it must be an integer >= 1
+    """
+    message = f"{owner}: {name}={value!r} is not allowed; it must be an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message)
+    if value < low:
+        raise ValueError(message)
+    return value
