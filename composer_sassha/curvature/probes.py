@@ -1,0 +1,34 @@
+"""Random probe vectors that need no saved state."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
+    """Draw +1 or -1 with equal probability for every entry, all tensors in one draw.
+
+    Args:
+        like: tensors whose shapes, dtypes and devices the probe takes, at least one.
+        key: integers that determine the draw, for instance (seed, step, rank, microbatch, sample): no
+            generator has to be saved to draw the same again. CPU and GPU draw different numbers from one key.
+
+    Example:
+        >>> rademacher([torch.zeros(4), torch.zeros(1, 2)], key=(0, 7))
+        [tensor([-1.,  1.,  1., -1.]), tensor([[ 1., -1.]])]
+    """
+    device = like[0].device
+    digest = hashlib.blake2b(repr(tuple(int(k) for k in key)).encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    bits = torch.randint(
+        2, (sum(t.numel() for t in like),), generator=generator, device=device, dtype=torch.int8
+    )
+    return [signs.to(t) for signs, t in zip(unflatten(bits.mul_(2).sub_(1), like), like, strict=True)]
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """View a flat tensor as tensors of the shapes of `like`."""
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
