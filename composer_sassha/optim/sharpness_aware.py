@@ -1,0 +1,326 @@
+"""The wrapper that runs the passes of a step around any optimizer."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from composer_sassha import _validate
+from composer_sassha.curvature import LazyCurvature
+from composer_sassha.optim.passes import Closure, PassRunner, Snapshot, copy_of
+from composer_sassha.perturbations import Perturbation
+
+# Kept in every parameter group, so that they are saved and loaded with the optimizer: steps taken, the step
+# of the last successful Hessian refresh (-1: none), and the number of refreshes.
+COUNTERS = {"steps_taken": 0, "last_refresh": -1, "refreshes": 0}
+
+
+class SharpnessAwareOptimizer(Optimizer):
+    """Wraps an optimizer: its gradient is taken at displaced weights, its Hessian diagonal kept fresh.
+
+    A step is made of passes, each one call of the closure (a forward and backward over the same batch):
+
+        ASCENT    at w      gives g(w), hence the displacement e    (only when an ascent is due)
+        DESCENT   at w + e  gives g(w + e), and when a refresh is due the Hessian diagonal there
+        then      the weights are back at exactly w, and the base optimizer steps
+
+    An ascent is due when `steps_taken % interval == 0`. A closure that returns None (its gradient overflowed)
+    skips the step, which then changes nothing and does not count. So does a Hessian that is not finite before
+    there is any estimate; later, the step goes on with the old one and the refresh is tried again. On an
+    exception in any pass, the weights, buffers and RNG states are those from before the step. The descent
+    pass of a perturbed step draws the same random numbers as the ascent, and leaves no trace in BatchNorm's
+    statistics.
+
+    Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name:
+    a checkpoint of the one continues under the other. Hooks are shared too and run once per update.
+
+    Args:
+        base_optimizer: what updates the weights.
+        perturbation: how the weights are displaced (see `composer_sassha.perturbations`); None: not at all.
+        interval: steps between perturbed steps, >= 1. Default: 1.
+        curvature: when and how the Hessian diagonal is estimated; needs a base optimizer with
+            `update_curvature`.
+            None: never.
+        model: what the closure runs; its buffers are protected as said above. Without it only the RNG states
+            are.
+        sync_ascent: average the ascent gradient over the ranks; by default each rank perturbs along its own.
+
+    Raises:
+        TypeError, ValueError: an argument that is not allowed, or `curvature` for an optimizer that takes
+            none.
+
+    Example:
+        >>> from composer_sassha.perturbations import SAMPerturbation
+        >>> w = nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = SharpnessAwareOptimizer(torch.optim.SGD([w], lr=0.1), SAMPerturbation(rho=0.5))
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = (w**2).sum()
+        ...     optimizer.backward(loss)
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+        >>> w.data  # 1 - 0.1 * (2 * 1.5)
+        tensor([0.7000])
+    """
+
+    # Asked for by Composer's Trainer before every batch in amp_fp16.
+    _step_supports_amp_closure = True
+
+    def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> "SharpnessAwareOptimizer":
+        return object.__new__(_class_named_after(type(base_optimizer)))  # type: ignore[arg-type]
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        perturbation: Perturbation | None = None,
+        interval: int = 1,
+        *,
+        curvature: LazyCurvature | None = None,
+        model: nn.Module | None = None,
+        sync_ascent: bool = False,
+    ) -> None:
+        _check_base(base_optimizer)
+        self.base_optimizer = base_optimizer
+        self.set_perturbation(perturbation, interval, sync_ascent=sync_ascent)
+        self.set_curvature(curvature)
+        self.model = model
+        self.runner = PassRunner(model)
+        self.metrics: dict[
+            str, Any
+        ] = {}  # of the latest step: what the perturbation and the refresh have to say
+        self.skipped_steps = 0
+        self._fill_counters()
+
+    def set_perturbation(
+        self, perturbation: Perturbation | None, interval: int = 1, *, sync_ascent: bool = False
+    ) -> None:
+        """Choose the perturbation; see the class for the arguments."""
+        if perturbation is not None and not isinstance(perturbation, Perturbation):
+            raise TypeError(
+                f"SharpnessAwareOptimizer: perturbation={perturbation!r} is not allowed; take one of "
+                "composer_sassha.perturbations"
+            )
+        self.perturbation = perturbation
+        self.interval = _validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
+        self.sync_ascent = sync_ascent
+
+    def set_curvature(self, curvature: LazyCurvature | None) -> None:
+        """Choose when and how the Hessian diagonal is estimated; see the class."""
+        if curvature is not None and not hasattr(self.base_optimizer, "update_curvature"):
+            raise ValueError(
+                f"{type(self.base_optimizer).__name__} takes no curvature; a lazy Hessian refresh needs an "
+                "optimizer with update_curvature, such as composer_sassha.SASSHA"
+            )
+        self.curvature = curvature
+
+    # The base optimizer's own, always: nothing can come apart, not after load_state_dict either.
+    state = property(lambda self: self.base_optimizer.state)
+    param_groups = property(lambda self: self.base_optimizer.param_groups)
+    defaults = property(lambda self: self.base_optimizer.defaults)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_optimizer":  # not set yet
+            raise AttributeError(name)
+        return getattr(self.base_optimizer, name)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        rebuild = functools.partial(
+            SharpnessAwareOptimizer, curvature=self.curvature, model=self.model, sync_ascent=self.sync_ascent
+        )
+        return rebuild, (self.base_optimizer, self.perturbation, self.interval)
+
+    def __repr__(self) -> str:
+        return f"SharpnessAwareOptimizer({self.base_optimizer!r}, {self.perturbation!r}, interval={self.interval})"
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps taken so far, skipped ones not counted; saved with the optimizer's state."""
+        return self.param_groups[0]["steps_taken"]
+
+    def ascent_due(self) -> bool:
+        """Whether the coming (or running) step is a perturbed one."""
+        return self.perturbation is not None and self.steps_taken % self.interval == 0
+
+    def refresh_due(self) -> bool:
+        """Whether the coming (or running) step refreshes the Hessian."""
+        return self.curvature is not None and self.curvature.due(
+            self.steps_taken, self.param_groups[0]["last_refresh"]
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Run the passes of one step and update the weights.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls `backward(loss)` of this optimizer, and
+                returns the loss, or None if the gradient overflowed. It is called once per pass.
+
+        Returns:
+            The loss at w, or None if the step was skipped.
+
+        Raises:
+            RuntimeError: there is no closure. Only with all learning rates at 0 may it be left out: a
+                checkpoint is loaded so, to have the optimizer's state made.
+        """
+        if closure is None:
+            if any(group["lr"] != 0 for group in self.param_groups):
+                raise RuntimeError(
+                    f"SharpnessAwareOptimizer around {type(self.base_optimizer).__name__}: step() needs a "
+                    "closure that computes the loss and its gradients, as it may be called several times a step"
+                )
+            self.base_optimizer.step()
+            return None
+
+        closure = torch.enable_grad()(closure)
+        self.metrics = {}
+        self.runner.begin()
+        before = self._snapshot()
+        try:
+            loss = self._run_passes(closure, before)
+            curved = loss is not None and self._update_curvature()
+            if curved:
+                self.base_optimizer.step()
+        except BaseException:
+            before.restore()
+            self.runner.rollback()
+            raise
+        finally:
+            if self.curvature is not None:
+                self.curvature.reset()
+        if not curved:
+            before.restore()
+            self.skipped_steps += 1
+            if loss is None and self.skipped_steps == 1:
+                warnings.warn(
+                    "the closure returned None, which means that the gradient overflowed: the step is "
+                    "skipped (a closure has to return its loss)",
+                    stacklevel=2,
+                )
+            return None
+        self._count(steps_taken=self.steps_taken + 1)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Call `loss.backward()`, and estimate the Hessian diagonal on the way if this pass has to.
+
+        Args:
+            loss: a scalar; call this once per microbatch.
+        """
+        if self.curvature is not None:
+            loss = self.curvature.attach(loss)
+        loss.backward()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base optimizer does."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer."""
+        self.base_optimizer.add_param_group(param_group)
+        self._fill_counters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict; the counters are in its parameter groups."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this or of the base optimizer."""
+        self.base_optimizer.load_state_dict(state_dict)
+        self._fill_counters()
+
+    def _run_passes(self, closure: Closure, before: Snapshot) -> Any:
+        """Leave the last pass's gradients in place, and the weights at w. Return the loss at w."""
+        if not self.ascent_due():
+            self._prepare_refresh()
+            return self.runner.run(closure)
+
+        loss = self.runner.run(closure, sync=self.sync_ascent)
+        if loss is None:
+            return None
+        after = self._snapshot()
+        before.restore()  # the descent is to see the same function: dropout masks, augmentations, buffers
+        params = [p for p in self._params() if p.grad is not None]
+        weights = copy_of(params)
+        try:
+            assert self.perturbation is not None
+            self.metrics.update(
+                self.perturbation.displace(params, [p.grad for p in params if p.grad is not None])
+            )
+            self._prepare_refresh()
+            perturbed_loss = self.runner.run(closure, hidden=True)
+        finally:
+            if params:
+                torch._foreach_copy_(params, weights)  # by copy: (w + e) - e is not w in floating point
+        if perturbed_loss is None:
+            return None
+        after.restore()
+        self.metrics["loss_gap"] = perturbed_loss - loss
+        return loss
+
+    def _prepare_refresh(self) -> None:
+        if self.curvature is not None and self.refresh_due():
+            self.curvature.begin([p for p in self._params() if p.requires_grad], self.steps_taken)
+
+    def _update_curvature(self) -> bool:
+        """Hand a refreshed diagonal to the base optimizer. Return False if it has none to step with."""
+        if self.curvature is None or not self.curvature.active:
+            return True
+        refreshes = self.param_groups[0]["refreshes"]
+        diagonal, metrics = self.curvature.finish()
+        if diagonal is None:
+            warnings.warn(
+                "the Hessian estimate is not finite; the refresh is tried again on the next step",
+                stacklevel=3,
+            )
+            return refreshes > 0
+        self.base_optimizer.update_curvature(diagonal)  # type: ignore[attr-defined]
+        self._count(last_refresh=self.steps_taken, refreshes=refreshes + 1)
+        self.metrics.update(metrics, refreshes=refreshes + 1)
+        return True
+
+    def _params(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.model, {p.device for p in self._params()})
+
+    def _fill_counters(self) -> None:
+        for group in self.param_groups:
+            for name, start in COUNTERS.items():
+                group.setdefault(name, self.param_groups[0].get(name, start))
+
+    def _count(self, **values: int) -> None:
+        for group in self.param_groups:
+            group.update(values)
+
+
+# Hooks are the base's (see __getattr__), and torch runs them around the base's step: once per update, not for
+# a skipped step. This step must not run them again.
+SharpnessAwareOptimizer.step.hooked = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _class_named_after(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
+    # Composer keys an optimizer's state by its class's __qualname__.
+    return type(
+        base.__name__,
+        (SharpnessAwareOptimizer,),
+        {"__qualname__": base.__qualname__, "__doc__": base.__doc__},
+    )
+
+
+def _check_base(base: Any) -> None:
+    if isinstance(base, SharpnessAwareOptimizer):
+        raise TypeError("SharpnessAwareOptimizer: the base optimizer is wrapped already; wrap it once")
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"SharpnessAwareOptimizer: base_optimizer={base!r} is not a torch.optim.Optimizer")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"SharpnessAwareOptimizer: {type(base).__name__} runs closures of its own and cannot be wrapped"
+        )
