@@ -1,0 +1,134 @@
+"""What all our algorithms share: the wrapped optimizer, the Trainer's passes, and the checks at its start."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import composer.algorithms
+from composer.core import Algorithm, Event, Precision, State
+from composer.loggers import Logger
+
+from composer_sassha.optim import SASSHA, PassRunner, SharpnessAwareOptimizer
+from composer_sassha.optim.passes import Closure
+
+
+class TrainerPasses(PassRunner):
+    """Runs passes through the Trainer's closure, and hides those that a user must not see."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(state.model)
+        self.state = state
+
+    def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
+        """Run one pass; see `PassRunner`. The Trainer's closure takes care of `sync` itself."""
+        if not hidden:
+            return closure(ddp_sync=sync)
+        state = self.state
+        seen = state.train_metrics, state.loss, state.outputs
+        state.train_metrics = {}
+        try:
+            return closure(ddp_sync=sync, loss_dict={})
+        finally:
+            state.train_metrics, state.loss, state.outputs = seen
+
+    def begin(self) -> None:
+        """Remember what an interrupted pass leaves behind."""
+        self._batch = self.state.batch
+
+    def rollback(self) -> None:
+        """Put back the batch, and clear the metrics: the Trainer had reset them before the step."""
+        self.state.batch = self._batch
+        for metric in (self.state.train_metrics or {}).values():
+            metric.reset()
+
+
+def wrapped_optimizer(state: State) -> SharpnessAwareOptimizer:
+    """Return the Trainer's optimizer, wrapped: by an algorithm before, by the user, or now.
+
+    Called at BEFORE_LOAD, so that a checkpoint is loaded into the wrapper.
+    """
+    (optimizer,) = state.optimizers
+    if not isinstance(optimizer, SharpnessAwareOptimizer):
+        optimizer = SharpnessAwareOptimizer(optimizer)
+        state.optimizers = optimizer
+    if not isinstance(optimizer.runner, TrainerPasses) or optimizer.runner.state is not state:
+        optimizer.model = state.model
+        optimizer.runner = TrainerPasses(state)
+    return optimizer
+
+
+def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:
+    """Log what the latest step has to say under these names, if anything."""
+    (optimizer,) = state.optimizers
+    assert isinstance(optimizer, SharpnessAwareOptimizer)
+    metrics = {f"{prefix}/{name}": optimizer.metrics[name] for name in names if name in optimizer.metrics}
+    if metrics:
+        logger.log_metrics(metrics)
+
+
+def check(state: State) -> None:
+    """Refuse combinations that cannot train, before anything has been computed.
+
+    Raises:
+        ValueError: says what does not fit, and what to do.
+    """
+    from composer_sassha.algorithms.lazy_hessian import LazyHessian
+    from composer_sassha.algorithms.sam import SAM
+
+    ours = list(parts(state.algorithms))
+    perturbations = [repr(part) for part in ours if isinstance(part, SAM)]
+    hessians = [repr(part) for part in ours if isinstance(part, LazyHessian)]
+    if len(state.optimizers) != 1:
+        raise ValueError(
+            f"{len(state.optimizers)} optimizers were given to the Trainer; these methods need exactly one"
+        )
+    (optimizer,) = state.optimizers
+    base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
+    if isinstance(optimizer, SharpnessAwareOptimizer):
+        if optimizer.perturbation is not None:
+            perturbations.append(repr(optimizer.perturbation))
+        if optimizer.curvature is not None:
+            hessians.append(repr(optimizer.curvature))
+    if any(isinstance(algorithm, composer.algorithms.SAM) for algorithm in state.algorithms):
+        raise ValueError(
+            "composer.algorithms.SAM cannot run beside composer_sassha's algorithms; remove one of the two"
+        )
+    if len(perturbations) > 1:
+        raise ValueError(
+            f"the weights would be perturbed twice ({' and '.join(perturbations)}); keep one perturbation"
+        )
+    if len(hessians) > 1:
+        raise ValueError("the Hessian would be refreshed twice; keep one of Sassha and LazyHessian")
+    if hessians and not hasattr(base, "update_curvature"):
+        raise ValueError(
+            f"LazyHessian needs an optimizer that takes curvature, such as composer_sassha.SASSHA; "
+            f"{type(base).__name__} does not"
+        )
+    if perturbations and not hessians and isinstance(base, SASSHA):
+        raise ValueError(
+            f"SASSHA with {perturbations[0]} lacks a Hessian; use the algorithm Sassha(), which does both, "
+            "or add LazyHessian()"
+        )
+    if state.fsdp_config is not None or state.tp_config is not None:
+        raise ValueError("composer_sassha does not support sharded training (FSDP, TP) yet; train with DDP")
+    check_precision(state)
+
+
+def check_precision(state: State) -> None:
+    """Refuse what needs a gradient scaler for closures.
+
+    Raises:
+        ValueError: the precision is amp_fp16.
+    """
+    if state.precision == Precision.AMP_FP16:
+        raise ValueError(
+            "precision='amp_fp16' is not supported by composer_sassha yet; use 'amp_bf16' or 'fp32'"
+        )
+
+
+def parts(algorithms: Any) -> Iterator[Algorithm]:
+    """Yield algorithms, those that are made of others taken apart."""
+    for algorithm in algorithms:
+        yield from parts(algorithm.parts) if hasattr(algorithm, "parts") else (algorithm,)
+
+
+START = (Event.INIT, Event.BEFORE_LOAD, Event.FIT_START)
