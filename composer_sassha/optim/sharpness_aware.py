@@ -135,7 +135,8 @@ class SharpnessAwareOptimizer(Optimizer):
         return rebuild, (self.base_optimizer, self.perturbation, self.interval)
 
     def __repr__(self) -> str:
-        return f"SharpnessAwareOptimizer({self.base_optimizer!r}, {self.perturbation!r}, interval={self.interval})"
+        how = f"{self.perturbation!r}, interval={self.interval}"
+        return f"SharpnessAwareOptimizer({self.base_optimizer!r}, {how})"
 
     @property
     def steps_taken(self) -> int:
@@ -170,8 +171,8 @@ class SharpnessAwareOptimizer(Optimizer):
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
                 raise RuntimeError(
-                    f"SharpnessAwareOptimizer around {type(self.base_optimizer).__name__}: step() needs a "
-                    "closure that computes the loss and its gradients, as it may be called several times a step"
+                    "SharpnessAwareOptimizer.step() needs a closure that computes the loss and its gradients: "
+                    "it may be called several times a step"
                 )
             self.base_optimizer.step()
             return None

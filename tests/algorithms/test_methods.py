@@ -1,0 +1,256 @@
+"""What every method owes its users, through the real Trainer: one table of methods, one set of tests."""
+
+import pytest
+import torch
+from composer.core import Event
+from composer.loggers import InMemoryLogger
+from composer.optim import CosineAnnealingWithWarmupScheduler
+
+from tests.helpers import (
+    Injected,
+    Spy,
+    assert_same,
+    copied,
+    everything,
+    method_trainer,
+    network,
+    rng_states,
+    trainer,
+)
+from tests.methods import METHODS
+
+each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+EVENTS = [
+    Event.BEFORE_TRAIN_BATCH,
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.BEFORE_LOSS,
+    Event.AFTER_LOSS,
+    Event.BEFORE_BACKWARD,
+    Event.AFTER_BACKWARD,
+    Event.AFTER_TRAIN_BATCH,
+]
+
+
+@each_method
+def test_trains(method):
+    log = InMemoryLogger()
+    run = method_trainer(method, max_duration="12ep", loggers=[log], device_train_microbatch_size=4)
+    run.fit()
+    losses = [value for _, value in log.data["loss/train/total"]]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    run.close()
+
+
+@each_method
+@pytest.mark.parametrize("workers_of_dropout", [0.2])
+def test_resumes_bit_for_bit_from_any_batch(method, workers_of_dropout, tmp_path):
+    def build(**kwargs):
+        return method_trainer(
+            method,
+            model=network(dropout=workers_of_dropout),
+            schedulers=CosineAnnealingWithWarmupScheduler("2ba"),
+            device_train_microbatch_size=7,
+            **kwargs,
+        )
+
+    run = build(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt")
+    run.fit()
+    expected = everything(run)
+    run.close()
+    # The steps after a refresh, before one, on a perturbed and an unperturbed step, in and between epochs.
+    for batch in range(1, 8):
+        resumed = build(load_path=str(tmp_path / f"ba{batch}.pt"))
+        resumed.fit()
+        assert_same(expected, everything(resumed), f"resumed from batch {batch}")
+        resumed.close()
+
+
+class Failure:
+    """Raises once: in pass `number` of batch 3, at an event or inside forward or backward."""
+
+    def __init__(self, place, number, batch=3):
+        self.place, self.number, self.batch, self.armed, self.fired = place, number, batch, False, False
+        self.spy = Spy(self.on_event)
+
+    def on_event(self, event, state, passes):
+        self.armed = not self.fired and passes == self.number and state.timestamp.batch == self.batch
+        if event == self.place:
+            self()
+
+    def __call__(self, *_):
+        if self.armed and not self.fired:
+            self.fired = True
+            raise Injected
+
+    def install(self, model):
+        if self.place == "forward":
+            model.module[4].register_forward_hook(self)
+        elif self.place == "backward":
+            model.module[0].weight.register_hook(self)
+
+
+def run_with_failure(method, failure):
+    """Train two epochs; a batch that fails is tried again by the Trainer's own step."""
+    model = network()
+    if failure is not None:
+        failure.install(model)
+    run = method_trainer(
+        method, model=model, device_train_microbatch_size=5, callbacks=[failure.spy] if failure else []
+    )
+    train_batch = run._train_batch
+
+    def retried(use_grad_scaling):
+        metrics = run.state.train_metrics
+        batch = run.state.batch
+        before = everything(run)
+        try:
+            return train_batch(use_grad_scaling)
+        except Injected:
+            assert_same(before, everything(run))
+            assert run.state.train_metrics is metrics and run.state.batch is batch
+            assert all(metric._update_count == 0 for metric in metrics.values())
+            return train_batch(use_grad_scaling)
+
+    run._train_batch = retried
+    run.fit()
+    result = everything(run), copied(run.state.train_metric_values)
+    run.close()
+    return result
+
+
+def passes_of(method):
+    return 1 if method.name == "lazy_hessian" else 2
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    results = {}
+
+    def of(method):
+        if method.name not in results:
+            results[method.name] = run_with_failure(method, None)
+        return results[method.name]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("method", "number"), [(m, n) for m in METHODS for n in range(1, passes_of(m) + 1)], ids=str
+)
+@pytest.mark.parametrize("place", [*EVENTS, "forward", "backward"], ids=str)
+def test_survives_an_exception_anywhere_in_a_step(method, number, place, undisturbed):
+    batch = 4 if "every_2" in method.name else 3  # with a refresh in both cases
+    failure = Failure(place, number, batch)
+    result = run_with_failure(method, failure)
+    assert failure.fired
+    assert_same(undisturbed(method), result)
+
+
+@each_method
+def test_builds_a_second_order_graph_on_refresh_steps_only(method, monkeypatch):
+    calls = []
+    grad = torch.autograd.grad
+
+    def counted(*args, create_graph=False, **kwargs):
+        calls.append(create_graph)
+        return grad(*args, create_graph=create_graph, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    backward = torch.Tensor.backward
+
+    def plain_backward(self, *args, create_graph=False, **kwargs):
+        assert not create_graph
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", plain_backward)
+    run = method_trainer(method, max_duration="4ba")
+    run.fit()
+    assert calls.count(True) == method.second_order
+    run.close()
+
+
+@each_method
+def test_evaluates_and_saves_at_w(method):
+    # Whoever looks between steps sees the weights that the step left.
+    seen = []
+
+    def look(event, state, passes):
+        if event in (Event.BATCH_START, Event.BATCH_END, Event.EVAL_START, Event.BATCH_CHECKPOINT):
+            seen.append((event, copied(state.model.state_dict())))
+
+    run = method_trainer(method, max_duration="4ba", callbacks=[Spy(look)])
+    run.fit()
+    ends = [weights for event, weights in seen if event == Event.BATCH_END]
+    starts = [weights for event, weights in seen if event == Event.BATCH_START]
+    for end, start in zip(ends, starts[1:], strict=False):
+        assert_same(end, start)
+    run.close()
+
+
+def observed(algorithms, **kwargs):
+    """Train two epochs and return everything that a user can see."""
+    log = InMemoryLogger()
+    last = {}
+
+    def look(event, state, passes):
+        if event == Event.BATCH_END:
+            last["loss"], last["outputs"] = state.loss.detach().clone(), state.outputs.detach().clone()
+
+    run = trainer(
+        lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+        algorithms,
+        loggers=[log],
+        callbacks=[Spy(look)],
+        **kwargs,
+    )
+    run.fit()
+    state = copied([run.state.model.state_dict(), run.state.optimizers[0].state_dict()["state"], rng_states()])
+    logged = {
+        name: [value for _, value in values]
+        for name, values in log.data.items()
+        if name.startswith(("loss/", "metrics/"))
+    }
+    run.close()
+    return state, last, logged
+
+
+def test_the_second_pass_leaves_no_trace():
+    # A perturbation of radius 0 takes two passes and must come out as none at all: weights, momentum, BatchNorm,
+    # RNG states, metrics, logged losses, and the loss and outputs that a callback finds in the state.
+    from composer_sassha import SAM
+
+    plain = observed([], device_train_microbatch_size=4)
+    assert_same(plain, observed([SAM(rho=0.0)], device_train_microbatch_size=4))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.second_order], ids=str)
+def test_the_memory_of_a_refresh_does_not_grow_with_the_number_of_microbatches(method):
+    def peak(batch_size, microbatch_size):
+        """The largest number of elements saved for backward at one time."""
+        import weakref
+
+        live, most = 0, 0
+
+        def release(count):
+            nonlocal live
+            live -= count
+
+        def pack(tensor):
+            nonlocal live, most
+            saved = tensor.detach()
+            live += saved.numel()
+            most = max(most, live)
+            weakref.finalize(saved, release, saved.numel())
+            return saved
+
+        run = method_trainer(
+            method, max_duration="1ba", batch_size=batch_size, device_train_microbatch_size=microbatch_size
+        )
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            run.fit()
+        run.close()
+        return most
+
+    assert peak(40, 10) <= 1.1 * peak(10, 10)

@@ -1,0 +1,118 @@
+"""Small models, data and Trainers, and what a run is compared by."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from composer import Callback, State, Trainer
+from composer.core import Event
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.methods import Method
+
+CLASSES = 3
+
+
+def images(count: int = 40) -> TensorDataset:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(count, 2, 5, 5, generator=generator)
+    return TensorDataset(x, torch.randint(CLASSES, (count,), generator=generator))
+
+
+def network(dropout: float = 0.2) -> ComposerClassifier:
+    """A convolution, BatchNorm, dropout and a smooth activation."""
+    torch.manual_seed(17)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(36, CLASSES)
+    )
+    return ComposerClassifier(net, num_classes=CLASSES)
+
+
+def trainer(
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    algorithms: Sequence[Any] = (),
+    *,
+    model: Any = None,
+    dataset: Any = None,
+    batch_size: int = 10,
+    **kwargs: Any,
+) -> Trainer:
+    """A Trainer on the CPU; by default over two epochs of four batches."""
+    model = network() if model is None else model
+    dataset = images() if dataset is None else dataset
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=dist.get_sampler(dataset, shuffle=True))
+    settings = {"max_duration": "2ep", "seed": 7, "device": "cpu", "progress_bar": False}
+    return Trainer(
+        model=model,
+        train_dataloader=loader,
+        optimizers=optimizer(model.parameters()),
+        algorithms=list(algorithms),
+        **{**settings, **kwargs},
+    )
+
+
+def method_trainer(method: Method, **kwargs: Any) -> Trainer:
+    return trainer(method.optimizer, method.algorithms(), **kwargs)
+
+
+def rng_states() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+
+
+def everything(run: Trainer) -> dict[str, Any]:
+    """Weights, buffers, optimizer state, counters and RNG states, copied."""
+    (optimizer,) = run.state.optimizers
+    return copied({"model": run.state.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_states()})
+
+
+def copied(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: copied(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied(value) for value in tree)
+    return tree
+
+
+def assert_same(first: Any, second: Any, path: str = "") -> None:
+    """Assert equality to the last bit, NaN and the sign of zero included."""
+    if isinstance(first, Tensor):
+        assert first.dtype == second.dtype and first.shape == second.shape, path
+        assert first.numpy().tobytes() == second.numpy().tobytes(), f"{path}: {(first - second).abs().max()}"
+    elif isinstance(first, np.ndarray):
+        assert first.tobytes() == second.tobytes(), path
+    elif isinstance(first, Mapping):
+        assert first.keys() == second.keys(), f"{path}: {first.keys() ^ second.keys()}"
+        for key in first:
+            assert_same(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{path}[{i}]")
+    else:
+        assert first == second, f"{path}: {first} != {second}"
+
+
+class Injected(RuntimeError):
+    """The exception that the tests throw into a step."""
+
+
+class Spy(Callback):
+    """Calls a function at every event, with the number of passes begun so far in this batch."""
+
+    def __init__(self, on_event: Callable[[Event, State, int], None]) -> None:
+        self.on_event = on_event
+        self.passes = 0
+
+    def run_event(self, event: Event, state: State, logger: Any) -> None:
+        if event == Event.BATCH_START:
+            self.passes = 0
+        if event == Event.BEFORE_TRAIN_BATCH:
+            self.passes += 1
+        self.on_event(event, state, self.passes)
