@@ -1,0 +1,100 @@
+"""Wrong combinations fail at construction or at the Trainer's start, in one line that says what to do."""
+
+import composer.algorithms
+import pytest
+import torch
+from composer.utils import FSDP2Config
+
+from composer_sassha import SAM, SASSHA, LazyHessian, Sassha, SharpnessAwareOptimizer
+from composer_sassha.curvature import LazyCurvature
+from composer_sassha.perturbations import SAMPerturbation
+from tests.helpers import trainer
+from tests.methods import adamw, sassha, sgd
+
+
+def wrapped(params):
+    return SharpnessAwareOptimizer(sassha(params), SAMPerturbation(), curvature=LazyCurvature())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "algorithms", "message"),
+    [
+        (sgd, lambda: [LazyHessian()], "LazyHessian needs an optimizer that takes curvature.*SGD does not"),
+        (adamw, lambda: [Sassha()], "AdamW does not"),
+        (sgd, lambda: [SAM(), SAM()], "perturbed twice"),
+        (sassha, lambda: [SAM(), Sassha()], "perturbed twice"),
+        (sassha, lambda: [Sassha(), LazyHessian()], "refreshed twice"),
+        (sassha, lambda: [SAM()], r"SASSHA with SAM.* lacks a Hessian; use the algorithm Sassha\(\)"),
+        (wrapped, lambda: [SAM()], "perturbed twice"),
+        (wrapped, lambda: [LazyHessian()], "refreshed twice"),
+    ],
+)
+def test_combinations_that_cannot_train(optimizer, algorithms, message):
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(optimizer, algorithms())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:SAM has known issues")
+def test_composers_own_sam_beside_ours():
+    with pytest.raises(ValueError, match=r"composer.algorithms.SAM cannot run beside"):
+        trainer(sgd, [composer.algorithms.SAM(), SAM()])
+
+
+def test_sassha_with_no_algorithm_fails_at_its_first_step():
+    run = trainer(sassha)
+    with pytest.raises(RuntimeError, match=r"add composer_sassha.Sassha\(\)"):
+        run.fit()
+    run.close()
+
+
+def test_sharded_training_is_refused():
+    with pytest.raises(ValueError, match="sharded"):
+        trainer(sgd, [SAM()], parallelism_config={"fsdp": FSDP2Config()})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SAM(rho=-1),
+        lambda: SAM(rho="big"),
+        lambda: SAM(interval=0),
+        lambda: Sassha(rho=float("nan")),
+        lambda: Sassha(hessian_interval=0),
+        lambda: LazyHessian(samples=0),
+        lambda: LazyHessian(estimator="exact"),
+        lambda: LazyHessian(seed=-3),
+    ],
+)
+def test_bad_hyperparameters_fail_at_construction(build):
+    with pytest.raises((ValueError, TypeError), match="is not allowed") as error:
+        build()
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimizer_that_the_user_wrapped_is_not_wrapped_again():
+    run = trainer(lambda params: SharpnessAwareOptimizer(SASSHA(params)), [Sassha(rho=0.1)], max_duration="2ba")
+    run.fit()
+    (optimizer,) = run.state.optimizers
+    assert isinstance(optimizer.base_optimizer, SASSHA) and optimizer.steps_taken == 2
+    run.close()
+
+
+def test_algorithms_can_be_used_in_another_trainer():
+    algorithms = [Sassha(rho=0.1)]
+    weights = []
+    for _ in range(2):
+        run = trainer(sassha, algorithms, max_duration="3ba")
+        run.fit()
+        weights.append(torch.cat([p.detach().flatten() for p in run.state.model.parameters()]))
+        run.close()
+    assert torch.equal(*weights)
+
+
+def test_fit_twice_continues():
+    once = trainer(sassha, [Sassha(rho=0.1)], max_duration="1ep")
+    once.fit()
+    once.fit(duration="1ep")
+    (optimizer,) = once.state.optimizers
+    assert optimizer.steps_taken == 8
+    once.close()

@@ -1,0 +1,239 @@
+"""SASSHA through the Trainer against a plain transcription of the paper's equations."""
+
+import pytest
+import torch
+from composer.algorithms import MixUp
+from composer.core import Event
+from composer.loggers import InMemoryLogger
+from composer.models import ComposerModel
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from composer_sassha import SASSHA, LazyHessian, Sassha, SharpnessAwareOptimizer
+from composer_sassha.curvature import LazyCurvature, rademacher
+from composer_sassha.perturbations import SAMPerturbation
+from tests.helpers import Spy, assert_same, copied, images, network, trainer
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+LR, BETAS, EPS, DECAY, RHO, EVERY, SEED = 0.05, (0.9, 0.99), 1e-4, 0.02, 0.15, 4, 11
+
+
+def recorded_batches(run_settings):
+    """The batches that a Trainer with these settings sees, in order, and torch's RNG state before the first."""
+    seen, rng = [], []
+
+    def look(event, state, passes):
+        if event == Event.BATCH_START:
+            seen.append(copied(state.batch))
+            rng.append(torch.get_rng_state())
+
+    run = trainer(lambda ps: torch.optim.SGD(ps, lr=0.0), callbacks=[Spy(look)], **run_settings)
+    run.fit()
+    run.close()
+    return seen, rng[0]
+
+
+def transcription(batches, microbatch):
+    """The equations of the paper, on explicit tensors; H z by differentiating forward over reverse."""
+    model = network(dropout=0.0).double()
+    names = [name for name, _ in model.named_parameters()]
+    w = {name: p.detach().clone() for name, p in model.named_parameters()}
+    m = {name: torch.zeros_like(p) for name, p in w.items()}
+    d = {name: torch.zeros_like(p) for name, p in w.items()}
+    (b1, b2), frozen = BETAS, None
+    for t, (x, y) in enumerate(batches, start=1):
+        chunks = list(zip(x.split(microbatch), y.split(microbatch), strict=True))
+
+        def loss_of_chunk(p, x, y):
+            buffers = {name: b.clone() for name, b in model.named_buffers()}
+            output = torch.func.functional_call(model, {**p, **buffers}, ((x, y),))
+            return nn.functional.cross_entropy(output, y)
+
+        def gradient(p, chunks=chunks, total=len(x)):
+            parts = [torch.func.grad(loss_of_chunk)(p, cx, cy) for cx, cy in chunks]
+            return {
+                n: sum(len(cx) / total * part[n] for (cx, _), part in zip(chunks, parts, strict=True)) for n in p
+            }
+
+        g = gradient(w)
+        norm = sum((g_i**2).sum() for g_i in g.values()).sqrt()
+        displaced = {n: w[n] + RHO * g[n] / norm for n in names}
+        g_hat = gradient(displaced)
+        if (t - 1) % EVERY == 0:
+            h = {n: torch.zeros_like(p) for n, p in w.items()}
+            for k, (cx, cy) in enumerate(chunks):
+                z = dict(zip(names, rademacher(list(w.values()), (SEED, t - 1, 0, k, 0)), strict=True))
+                grad_of = torch.func.grad(lambda p, cx=cx, cy=cy: loss_of_chunk(p, cx, cy))
+                _, hz = torch.func.jvp(grad_of, (displaced,), (z,))
+                h = {n: h[n] + len(cx) / len(x) * z[n] * hz[n] for n in names}
+            d = {n: b2 * d[n] + (1 - b2) * h[n].abs() for n in names}
+            frozen = 1 - b2**t
+        for n in names:
+            m[n] = b1 * m[n] + (1 - b1) * g_hat[n]
+            step = (m[n] / (1 - b1**t)) / ((d[n] / frozen).sqrt() + EPS)
+            w[n] = w[n] - LR * step - LR * DECAY * w[n]
+        yield w
+
+
+def dataset(count=40):
+    x, y = images(count).tensors
+    return TensorDataset(x.double(), y)
+
+
+@pytest.mark.parametrize("microbatch", [10, 4])
+def test_thirty_steps_agree_with_the_equations(microbatch):
+    settings = {"dataset": dataset(), "max_duration": "30ba", "device_train_microbatch_size": microbatch}
+    batches, _ = recorded_batches({**settings, "model": network(dropout=0.0).double()})
+    assert len(batches) == 30
+    ours = []
+
+    def look(event, state, passes):
+        if event == Event.BATCH_END:
+            ours.append(copied(dict(state.model.named_parameters())))
+
+    model = network(dropout=0.0).double()
+    run = trainer(
+        lambda params: SASSHA(params, LR, BETAS, EPS, DECAY),
+        [Sassha(RHO, hessian_interval=EVERY, seed=SEED)],
+        model=model,
+        callbacks=[Spy(look)],
+        **settings,
+    )
+    run.fit()
+    run.close()
+    for step, expected in enumerate(transcription(batches, microbatch)):
+        for name, value in expected.items():
+            difference = (ours[step][name] - value).abs().max().item()
+            assert difference <= 1e-10, f"{name} differs by {difference} after {step + 1} steps"
+
+
+def test_a_plain_loop_takes_the_same_trajectory():
+    settings = {"dataset": dataset(120), "max_duration": "1ep"}  # one epoch: a new one draws from the RNG
+    batches, rng = recorded_batches({**settings, "model": network().double()})
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.05), [Sassha(rho=0.1)], model=network().double(), **settings
+    )
+    run.fit()
+
+    model = network().double()
+    optimizer = SharpnessAwareOptimizer(
+        SASSHA(model.parameters(), lr=0.05),
+        SAMPerturbation(rho=0.1),
+        curvature=LazyCurvature(interval=10),
+        model=model,
+    )
+    torch.set_rng_state(rng)  # dropout
+    for batch in batches:
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = model.loss(model(batch), batch)
+            optimizer.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+    assert_same(copied(model.state_dict()), copied(run.state.model.state_dict()))
+    run.close()
+
+
+class Separable(ComposerModel):
+    """A loss whose Hessian is diagonal: the mean over samples x of x * sum_i a_i cos(p_i)."""
+
+    def __init__(self, form):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.a = torch.randn(6, generator=generator, dtype=torch.float64)
+        self.p = nn.Parameter(torch.randn(6, generator=generator, dtype=torch.float64))
+        self.form = form
+
+    def forward(self, batch):
+        return batch[0] * (self.a * self.p.cos()).sum()
+
+    def loss(self, outputs, batch, *args, **kwargs):
+        if self.form == "scalar":
+            return outputs.mean()
+        if self.form == "per sample":
+            return outputs
+        if self.form == "tuple":
+            return 0.25 * outputs.mean(), 0.75 * outputs
+        if self.form == "dict":
+            return {"first": 0.25 * outputs.mean(), "second": 0.75 * outputs.mean()}
+        total = outputs.mean()
+        return {"total": total, "half": total / 2}
+
+
+def scalars(count=10):
+    x = torch.linspace(0.5, 2.0, count, dtype=torch.float64)
+    return TensorDataset(x, torch.zeros(count))
+
+
+@pytest.mark.parametrize("microbatch", [10, 3])  # one, or four of unequal size
+@pytest.mark.parametrize("form", ["scalar", "per sample", "tuple", "dict", "dict with total"])
+def test_the_diagonal_is_the_analytic_one_at_the_perturbed_point(microbatch, form):
+    model = Separable(form)
+    p, a = model.p.detach().clone(), model.a
+    mean_x = torch.linspace(0.5, 2.0, 10, dtype=torch.float64).mean()
+    g = -mean_x * a * p.sin()
+    displaced = p + 0.3 * g / g.norm()
+    expected = -mean_x * a * displaced.cos()
+
+    log = InMemoryLogger()
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.1, betas=(0.9, 0.0)),
+        [Sassha(rho=0.3)],
+        model=model,
+        dataset=scalars(),
+        max_duration="1ba",
+        device_train_microbatch_size=microbatch,
+        loggers=[log],
+    )
+    run.fit()
+    (state,) = run.state.optimizers[0].state.values()
+    assert (state["exp_hessian"] - expected.abs()).abs().max() <= 1e-12
+    assert (state["exp_avg"] - 0.1 * -mean_x * a * displaced.sin()).abs().max() <= 1e-12
+    logged = {name: values[-1][1] for name, values in log.data.items()}
+    loss, perturbed = ((mean_x * a * q.cos()).sum().item() for q in (p, displaced))
+    assert logged["loss/train/total"] == pytest.approx(loss, rel=1e-12)
+    assert logged["sharpness/rho"] == 0.3
+    assert logged["sharpness/grad_norm"] == pytest.approx(g.norm().item(), rel=1e-12)
+    assert logged["sharpness/loss_gap"] == pytest.approx(perturbed - loss, rel=1e-9)
+    assert logged["hessian/mean_abs"] == pytest.approx(expected.abs().mean().item(), rel=1e-12)
+    assert logged["hessian/negative_fraction"] == pytest.approx((expected < 0).double().mean().item())
+    assert logged["hessian/refreshes"] == 1
+    if form == "tuple":
+        assert logged["loss/train/loss0"] == pytest.approx(loss / 4)
+    if form == "dict":
+        assert logged["loss/train/second"] == pytest.approx(0.75 * loss)
+    if form == "dict with total":
+        assert logged["loss/train/half"] == pytest.approx(loss / 2)
+    run.close()
+
+
+def test_lazy_hessian_alone_estimates_at_w():
+    model = Separable("scalar")
+    p = model.p.detach().clone()
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.1, betas=(0.9, 0.0)),
+        [LazyHessian()],
+        model=model,
+        dataset=scalars(),
+        max_duration="1ba",
+    )
+    run.fit()
+    (state,) = run.state.optimizers[0].state.values()
+    expected = (1.25 * model.a * p.cos()).abs()
+    assert (state["exp_hessian"] - expected).abs().max() <= 1e-12
+    run.close()
+
+
+@pytest.mark.parametrize("interpolate_loss", [True, False])
+def test_runs_after_algorithms_that_change_the_loss(interpolate_loss):
+    order = [Sassha(rho=0.1), MixUp(alpha=0.5, interpolate_loss=interpolate_loss)]
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.05), order, model=network().double(), dataset=dataset(), max_duration="4ba"
+    )
+    run.fit()
+    assert isinstance(run.state.algorithms[-1], Sassha)
+    assert run.state.optimizers[0].param_groups[0]["refreshes"] == 1
+    run.close()
