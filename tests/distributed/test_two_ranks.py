@@ -1,0 +1,44 @@
+"""Two real processes over gloo. Starting them takes seconds: one launch runs every check, the tests read results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.methods import METHODS
+
+CHECKS = [
+    *[f"{check}[{method}]" for method in METHODS for check in ("replicas", "resumes")],
+    *[f"{check}[{microbatch}]" for microbatch in (10, 3) for check in ("separable", "one_process_agrees")],
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two_ranks")
+    root = Path(__file__).parents[2]
+    launcher = Path(sys.executable).with_name("composer")
+    finished = subprocess.run(
+        [launcher, "-n", "2", "--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
+        + ["-m", "tests.distributed.worker", out],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    return out, finished
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_two_ranks(check, results):
+    out, finished = results
+    for rank in range(2):
+        file = out / f"{check}.rank{rank}"
+        if not file.exists():
+            logs = "".join(path.read_text()[-2000:] for path in out.glob("std*"))
+            pytest.fail(f"rank {rank} did not get there: {finished.stdout[-2000:]}{finished.stderr[-2000:]}{logs}")
+        assert file.read_text() == "passed"

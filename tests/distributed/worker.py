@@ -1,0 +1,164 @@
+"""What each of two ranks does: every check once, its result in a file. Started by test_two_ranks.py."""
+
+import copy
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from composer.models import ComposerClassifier, ComposerModel
+from composer.utils import dist
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from composer_sassha import SASSHA, Sassha
+from composer_sassha.curvature import rademacher
+from tests.algorithms.test_sassha import Separable, scalars
+from tests.helpers import assert_same, copied, everything, images, method_trainer, trainer
+from tests.methods import METHODS, Method
+
+
+def replicas(method: Method) -> None:
+    """After 100 steps on different data, along different perturbations, both ranks hold the same weights."""
+    run = method_trainer(method, dataset=images(80), max_duration="100ba", device_train_microbatch_size=7)
+    run.fit()
+    (optimizer,) = run.state.optimizers
+    assert optimizer.steps_taken == 100
+    norms = dist.all_gather_object(optimizer.metrics.get("grad_norm"))
+    assert norms[0] is None or norms[0] != norms[1], "the ranks perturb along their own gradients"
+    mine = copied([[*run.state.model.parameters()], optimizer.state_dict()])
+    for other in dist.all_gather_object(mine):
+        assert_same(mine, other)
+    run.close()
+
+
+def resumes(method: Method, folder: Path) -> None:
+    """A run resumed in mid-epoch ends as the uninterrupted one."""
+
+    def build(**kwargs):
+        return method_trainer(method, dataset=images(80), device_train_microbatch_size=7, **kwargs)
+
+    run = build(save_folder=str(folder), save_interval="1ba", save_filename="ba{batch}.pt")
+    run.fit()
+    expected = everything(run)
+    run.close()
+    for batch in (1, 3, 6):
+        resumed = build(load_path=str(folder / f"ba{batch}.pt"))
+        resumed.fit()
+        assert_same(expected, everything(resumed), f"rank {dist.get_global_rank()}, from batch {batch}")
+        resumed.close()
+
+
+def recording(model: ComposerModel) -> list:
+    """Have a model remember the microbatches that its loss sees."""
+    seen, loss = [], model.loss
+
+    def recorded(outputs, batch):
+        seen.append(copied(batch))
+        return loss(outputs, batch)
+
+    model.loss = recorded
+    return seen
+
+
+def separable(microbatch: int) -> None:
+    """The diagonal is the mean of the analytic ones at the points that the two ranks have perturbed to."""
+    model = Separable("scalar")
+    seen = recording(model)
+    p, a = model.p.detach().clone(), model.a
+    x = torch.linspace(0.5, 2.0, 20, dtype=torch.float64)
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.1, betas=(0.9, 0.0)),
+        [Sassha(rho=0.3)],
+        model=model,
+        dataset=scalars(20),
+        max_duration="1ba",
+        device_train_microbatch_size=microbatch,
+    )
+    run.fit()
+    (state,) = run.state.optimizers[0].state.values()
+    expected = torch.zeros_like(p)
+    shards = dist.all_gather_object(torch.cat([x for x, _ in seen[: len(seen) // 2]]))  # of the first pass
+    assert torch.equal(torch.cat(shards).sort().values, x)
+    for shard in shards:
+        g = -shard.mean() * a * p.sin()
+        expected += -shard.mean() * a * (p + 0.3 * g / g.norm()).cos() / 2
+    assert (state["exp_hessian"] - expected.abs()).abs().max() <= 1e-12
+    run.close()
+
+
+def one_process_agrees(microbatch: int) -> None:
+    """With a synchronized ascent, two ranks take the step of one process on the whole batch, curvature included."""
+    x, y = images(20).tensors
+    torch.manual_seed(17)
+    model = ComposerClassifier(
+        nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.Tanh(), nn.Linear(6, 3)).double(), num_classes=3
+    )
+    seen = recording(model)
+    reference = copy.deepcopy(model.module)
+    w = {name: p.detach() for name, p in reference.named_parameters()}
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.1),
+        [Sassha(rho=0.3, sync_ascent=True)],
+        model=model,
+        dataset=TensorDataset(x.double(), y),
+        max_duration="1ba",
+        device_train_microbatch_size=microbatch,
+    )
+    run.fit()
+
+    # The same by hand, with the probes that each rank and microbatch has drawn.
+    shards = dist.all_gather_object(seen[: len(seen) // 2])
+    parts = [(rank, k, x, y) for rank, shard in enumerate(shards) for k, (x, y) in enumerate(shard)]
+    total = sum(len(x) for _, _, x, _ in parts)
+    assert total == 20
+
+    def loss(params, x, y):
+        return nn.functional.cross_entropy(torch.func.functional_call(reference, params, (x,)), y)
+
+    def gradient(params):
+        grads = [torch.func.grad(loss)(params, x, y) for _, _, x, y in parts]
+        shares = [len(x) / total for _, _, x, _ in parts]
+        return {n: sum(s * g[n] for s, g in zip(shares, grads, strict=True)) for n in params}
+
+    g = gradient(w)
+    norm = sum((v**2).sum() for v in g.values()).sqrt()
+    displaced = {n: w[n] + 0.3 * g[n] / norm for n in w}
+    g_hat = gradient(displaced)
+    h = {n: torch.zeros_like(v) for n, v in w.items()}
+    for rank, k, x, y in parts:
+        z = dict(zip(w, rademacher([*w.values()], (0, 0, rank, k, 0)), strict=True))
+        hz = torch.func.jvp(lambda p, x=x, y=y: torch.func.grad(loss)(p, x, y), (displaced,), (z,))[1]
+        h = {n: h[n] + len(x) / total * z[n] * hz[n] for n in h}
+    for name, p in model.module.named_parameters():
+        expected = w[name] - 0.1 * g_hat[name] / (h[name].abs().sqrt() + 1e-4)
+        assert (p - expected).abs().max() <= 1e-9, name
+    run.close()
+
+
+def main(out: Path) -> None:
+    warnings.simplefilter("ignore")
+    dist.initialize_dist("cpu")
+    checks = {}
+    for method in METHODS:
+        checks[f"replicas[{method}]"] = lambda method=method: replicas(method)
+        checks[f"resumes[{method}]"] = lambda method=method: resumes(method, out / "checkpoints" / method.name)
+    for microbatch in (10, 3):
+        checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
+        checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)
+    for name, check in checks.items():
+        double = name.startswith(("separable", "one_process"))
+        torch.set_default_dtype(torch.float64 if double else torch.float32)
+        try:
+            check()
+            result = "passed"
+        except Exception:
+            result = traceback.format_exc()
+        (out / f"{name}.rank{dist.get_global_rank()}").write_text(result)
+        if result != "passed":
+            break  # the other rank may be waiting in a collective that this one has left: end both
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
