@@ -1,6 +1,7 @@
 import os
 
-# Two cores and many small tensors: more threads only get in each other's way, in the processes that tests start too.
+# Two cores and many small tensors: more threads only get in each other's way, in the processes that tests
+# start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -28,7 +28,12 @@ def network(dropout: float = 0.2) -> ComposerClassifier:
     """A convolution, BatchNorm, dropout and a smooth activation."""
     torch.manual_seed(17)
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(dropout), nn.Flatten(), nn.Linear(36, CLASSES)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Dropout(dropout),
+        nn.Flatten(),
+        nn.Linear(36, CLASSES),
     )
     return ComposerClassifier(net, num_classes=CLASSES)
 
@@ -67,7 +72,9 @@ def rng_states() -> dict[str, Any]:
 def everything(run: Trainer) -> dict[str, Any]:
     """Weights, buffers, optimizer state, counters and RNG states, copied."""
     (optimizer,) = run.state.optimizers
-    return copied({"model": run.state.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_states()})
+    return copied(
+        {"model": run.state.model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng_states()}
+    )
 
 
 def copied(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from composer_sassha import SAM, SASSHA, LazyHessian, Sassha
 
 @dataclass(frozen=True)
 class Method:
-    """How to build a method, and how many times it differentiates twice in its first four steps (one microbatch)."""
+    """How to build a method; `second_order` counts the refreshes of its first four steps."""
 
     name: str
     optimizer: Callable[[Any], Optimizer]
@@ -43,6 +43,9 @@ METHODS = [
     Method("lazy_hessian", sassha, lambda: [LazyHessian(interval=3)], second_order=2),
     Method("sassha", sassha, lambda: [Sassha(rho=0.1, hessian_interval=3)], second_order=2),
     Method(
-        "sassha_every_2", sassha, lambda: [Sassha(0.1, interval=2, hessian_interval=2, samples=2)], second_order=2
+        "sassha_every_2",
+        sassha,
+        lambda: [Sassha(0.1, interval=2, hessian_interval=2, samples=2)],
+        second_order=2,
     ),
 ]

@@ -73,7 +73,9 @@ def test_bad_hyperparameters_fail_at_construction(build):
 
 
 def test_an_optimizer_that_the_user_wrapped_is_not_wrapped_again():
-    run = trainer(lambda params: SharpnessAwareOptimizer(SASSHA(params)), [Sassha(rho=0.1)], max_duration="2ba")
+    run = trainer(
+        lambda params: SharpnessAwareOptimizer(SASSHA(params)), [Sassha(rho=0.1)], max_duration="2ba"
+    )
     run.fit()
     (optimizer,) = run.state.optimizers
     assert isinstance(optimizer.base_optimizer, SASSHA) and optimizer.steps_taken == 2

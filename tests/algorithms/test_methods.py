@@ -207,7 +207,9 @@ def observed(algorithms, **kwargs):
         **kwargs,
     )
     run.fit()
-    state = copied([run.state.model.state_dict(), run.state.optimizers[0].state_dict()["state"], rng_states()])
+    state = copied(
+        [run.state.model.state_dict(), run.state.optimizers[0].state_dict()["state"], rng_states()]
+    )
     logged = {
         name: [value for _, value in values]
         for name, values in log.data.items()
@@ -218,10 +220,22 @@ def observed(algorithms, **kwargs):
 
 
 def test_the_second_pass_leaves_no_trace():
-    # A perturbation of radius 0 takes two passes and must come out as none at all: weights, momentum, BatchNorm,
-    # RNG states, metrics, logged losses, and the loss and outputs that a callback finds in the state.
+    # A perturbation of radius 0 takes two passes and must come out as none at all: weights, momentum,
+    # BatchNorm, RNG states, metrics, logged losses, and the loss and outputs that a callback finds in the
+    # state.
     plain = observed([], device_train_microbatch_size=4)
     assert_same(plain, observed([SAM(rho=0.0)], device_train_microbatch_size=4))
+
+
+def test_after_a_perturbed_step_only_weights_and_momentum_tell():
+    (plain, _, rng), *visible = observed([], max_duration="1ba", device_train_microbatch_size=4)
+    (sam, _, sam_rng), *sam_visible = observed(
+        [SAM(rho=5.0)], max_duration="1ba", device_train_microbatch_size=4
+    )
+    assert not torch.equal(plain["module.0.weight"], sam["module.0.weight"])
+    for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+        assert_same(plain[f"module.1.{buffer}"], sam[f"module.1.{buffer}"])
+    assert_same([rng, visible], [sam_rng, sam_visible])
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.second_order], ids=str)

@@ -20,7 +20,7 @@ LR, BETAS, EPS, DECAY, RHO, EVERY, SEED = 0.05, (0.9, 0.99), 1e-4, 0.02, 0.15, 4
 
 
 def recorded_batches(run_settings):
-    """The batches that a Trainer with these settings sees, in order, and torch's RNG state before the first."""
+    """The batches that a Trainer with these settings sees, and torch's RNG state before the first."""
     seen, rng = [], []
 
     def look(event, state, passes):
@@ -50,10 +50,11 @@ def transcription(batches, microbatch):
             output = torch.func.functional_call(model, {**p, **buffers}, ((x, y),))
             return nn.functional.cross_entropy(output, y)
 
-        def gradient(p, chunks=chunks, total=len(x)):
+        def gradient(p, chunks=chunks, x=x):
             parts = [torch.func.grad(loss_of_chunk)(p, cx, cy) for cx, cy in chunks]
             return {
-                n: sum(len(cx) / total * part[n] for (cx, _), part in zip(chunks, parts, strict=True)) for n in p
+                n: sum(len(cx) / len(x) * part[n] for (cx, _), part in zip(chunks, parts, strict=True))
+                for n in p
             }
 
         g = gradient(w)
@@ -231,7 +232,11 @@ def test_lazy_hessian_alone_estimates_at_w():
 def test_runs_after_algorithms_that_change_the_loss(interpolate_loss):
     order = [Sassha(rho=0.1), MixUp(alpha=0.5, interpolate_loss=interpolate_loss)]
     run = trainer(
-        lambda params: SASSHA(params, lr=0.05), order, model=network().double(), dataset=dataset(), max_duration="4ba"
+        lambda params: SASSHA(params, lr=0.05),
+        order,
+        model=network().double(),
+        dataset=dataset(),
+        max_duration="4ba",
     )
     run.fit()
     assert isinstance(run.state.algorithms[-1], Sassha)

@@ -49,8 +49,8 @@ def test_the_mean_of_many_estimates_is_the_diagonal_within_the_derived_bound():
     diagonal = hessian.diagonal()
     samples = 4000
     mean = estimate(params, loss, [(0, k) for k in range(samples)])
-    # Var of one probe: sum over j != i of H_ij^2. Bernstein's inequality for bounded terms, |z_i (Hz)_i - H_ii| <= b,
-    # and a union bound over the entries: the test fails by chance with probability at most 1e-9.
+    # Var of one probe: sum over j != i of H_ij^2. Bernstein's inequality for bounded terms, |z_i (Hz)_i -
+    # H_ii| <= b, and a union bound over the entries: the test fails by chance with probability at most 1e-9.
     off = hessian - diagonal.diag()
     variance, b = (off**2).sum(dim=1), off.abs().sum(dim=1)
     log_term = math.log(2 * len(diagonal) / 1e-9)

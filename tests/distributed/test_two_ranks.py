@@ -1,4 +1,4 @@
-"""Two real processes over gloo. Starting them takes seconds: one launch runs every check, the tests read results."""
+"""Two real processes over gloo: one launch runs every check, the tests read the results."""
 
 import os
 import subprocess
@@ -20,9 +20,9 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
     root = Path(__file__).parents[2]
     launcher = Path(sys.executable).with_name("composer")
+    logs = ["--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
     finished = subprocess.run(
-        [launcher, "-n", "2", "--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
-        + ["-m", "tests.distributed.worker", out],
+        [launcher, "-n", "2", *logs, "-m", "tests.distributed.worker", out],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
@@ -40,5 +40,7 @@ def test_on_two_ranks(check, results):
         file = out / f"{check}.rank{rank}"
         if not file.exists():
             logs = "".join(path.read_text()[-2000:] for path in out.glob("std*"))
-            pytest.fail(f"rank {rank} did not get there: {finished.stdout[-2000:]}{finished.stderr[-2000:]}{logs}")
+            pytest.fail(
+                f"rank {rank} did not get there: {finished.stdout[-2000:]}{finished.stderr[-2000:]}{logs}"
+            )
         assert file.read_text() == "passed"

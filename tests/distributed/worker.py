@@ -89,7 +89,7 @@ def separable(microbatch: int) -> None:
 
 
 def one_process_agrees(microbatch: int) -> None:
-    """With a synchronized ascent, two ranks take the step of one process on the whole batch, curvature included."""
+    """With a synchronized ascent, two ranks take the step of one process on the whole batch."""
     x, y = images(20).tensors
     torch.manual_seed(17)
     model = ComposerClassifier(
@@ -143,7 +143,9 @@ def main(out: Path) -> None:
     checks = {}
     for method in METHODS:
         checks[f"replicas[{method}]"] = lambda method=method: replicas(method)
-        checks[f"resumes[{method}]"] = lambda method=method: resumes(method, out / "checkpoints" / method.name)
+        checks[f"resumes[{method}]"] = lambda method=method: resumes(
+            method, out / "checkpoints" / method.name
+        )
     for microbatch in (10, 3):
         checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
         checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)

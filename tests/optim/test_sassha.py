@@ -17,7 +17,9 @@ def parameters(dtype=torch.float64):
 
 def feed(optimizer, params, step, *, refresh):
     generator = torch.Generator().manual_seed(step)
-    draws = [[torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params] for _ in range(2)]
+    draws = [
+        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params] for _ in range(2)
+    ]
     for p, grad in zip(params, draws[0], strict=True):
         p.grad = grad.to(p.dtype)
     if refresh:
@@ -65,7 +67,10 @@ def test_foreach_and_plain_agree_bit_for_bit(dtype, power):
 
 def test_mixed_dtypes_and_groups_with_their_own_hyperparameters():
     narrow, wide = parameters(torch.bfloat16)[0], parameters(torch.float64)[1]
-    groups = [{"params": [narrow, wide], "lr": 0.0}, {"params": [nn.Parameter(torch.ones(2))], "lr": 1.0, "eps": 0.0}]
+    groups = [
+        {"params": [narrow, wide], "lr": 0.0},
+        {"params": [nn.Parameter(torch.ones(2))], "lr": 1.0, "eps": 0.0},
+    ]
     optimizer = SASSHA(groups, betas=(0.0, 0.0))
     before = [narrow.detach().clone(), wide.detach().clone()]
     params = [narrow, wide, groups[1]["params"][0]]

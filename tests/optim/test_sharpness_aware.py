@@ -58,7 +58,8 @@ BASES = {
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 def test_without_displacement_it_is_the_base_optimizer_bit_for_bit(base):
-    # Two passes a step, and no trace of the second: not in weights, state, BatchNorm, RNG or the returned loss.
+    # Two passes a step, and no trace of the second: not in weights, state, BatchNorm, RNG or the returned
+    # loss.
     runs = []
     for rho in (None, 0.0):
         model = net()
@@ -111,7 +112,8 @@ def test_passes_follow_the_interval_and_skipped_steps_do_not_count():
             warnings.simplefilter("ignore")
             optimizer.step(closure)
         passes.append((calls, optimizer.steps_taken))
-    # a step of two passes, one of one, a skipped one, a loss of 0.0 that is a loss, and the next perturbed one
+    # a step of two passes, one of one, a skipped one, a loss of 0.0 that is a loss, and the next perturbed
+    # one
     assert passes == [(2, 1), (1, 2), (1, 2), (1, 3), (2, 4), (1, 5)]
     assert optimizer.skipped_steps == 1
 
@@ -148,13 +150,13 @@ def test_an_exception_leaves_everything_and_the_step_can_be_tried_again(failing_
             curvature=LazyCurvature(interval=2),
             model=model,
         )
-        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002, B018
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
         calls = 0
 
         def draw():
             nonlocal calls
             calls += 1
-            random.random(), np.random.rand()  # noqa: NPY002, B018 - a closure may draw from every generator
+            random.random(), np.random.rand()  # noqa: NPY002 - a closure may draw from every generator
 
         def fail(loss):
             optimizer.backward(loss)
@@ -307,7 +309,7 @@ def test_bad_arguments_are_refused_in_one_line():
     model = net()
     with pytest.raises(TypeError, match="wrapped already"):
         SharpnessAwareOptimizer(SharpnessAwareOptimizer(sgd(model)))
-    with pytest.raises(TypeError, match="not a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"not a torch\.optim\.Optimizer"):
         SharpnessAwareOptimizer(model.parameters())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="LBFGS"):
         SharpnessAwareOptimizer(torch.optim.LBFGS(model.parameters()))
@@ -338,7 +340,7 @@ def test_a_hessian_that_is_not_finite_is_tried_again():
     for x, y in batches(7):
         step += 1
 
-        def closure(x=x, y=y):
+        def closure(x=x, y=y, step=step):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             optimizer.backward(loss)
@@ -385,6 +387,8 @@ def test_the_second_pass_of_data_parallel_replicas_is_the_only_synchronized_one(
 
     for sync_ascent, expected in ((False, 2), (True, 0)):
         model = Recorder(net())
-        optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(), model=model, sync_ascent=sync_ascent)
+        optimizer = SharpnessAwareOptimizer(
+            sgd(model), SAMPerturbation(), model=model, sync_ascent=sync_ascent
+        )
         train(model, optimizer, 2)
         assert model.unsynced == expected

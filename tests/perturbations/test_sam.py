@@ -16,7 +16,9 @@ def test_displaces_by_rho_along_the_gradient_of_all_parameters_together(dtype):
     expected = [p.double() + 0.7 * g.double() / norm for p, g in zip(params, grads, strict=True)]
     metrics = SAMPerturbation(rho=0.7).displace(params, grads)
     for p, e in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.double(), e, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            p.double(), e, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+        )
     assert metrics["rho"] == 0.7 and metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
 
 

@@ -1,0 +1,78 @@
+"""Checkpoints that cross methods: what the class's name and the shared state are for."""
+
+import pytest
+
+from composer_sassha import SAM, Sassha
+from tests.helpers import assert_same, copied, everything, trainer
+from tests.methods import adamw, sassha, sgd
+
+
+def without_counters(state):
+    for group in state["optimizer"]["param_groups"]:
+        for counter in ("steps_taken", "last_refresh", "refreshes"):
+            group.pop(counter, None)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:SAM is not in the state_dict")
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("sam_first", [True, False])
+def test_a_plain_run_continues_under_sam_and_back_momentum_included(optimizer, sam_first, tmp_path):
+    # A perturbation of radius 0 changes nothing, so the mixed run must end as the plain one.
+    plain = trainer(optimizer)
+    plain.fit()
+    expected = without_counters(everything(plain))
+    plain.close()
+
+    methods = [[SAM(rho=0.0)], []] if sam_first else [[], [SAM(rho=0.0)]]
+    first = trainer(
+        optimizer, methods[0], max_duration="5ba", save_folder=str(tmp_path), save_filename="half.pt"
+    )
+    first.fit()
+    first.close()
+    second = trainer(optimizer, methods[1], load_path=str(tmp_path / "half.pt"))
+    second.fit()
+    assert_same(expected, without_counters(everything(second)))
+    second.close()
+
+
+def test_saving_before_the_first_step_changes_nothing(tmp_path):
+    # Not so with torch.optim.SGD and weight decay, wrapped or not: torch steps it once to have its momentum
+    # made.
+    ends = []
+    for save in (False, True):
+        run = trainer(sassha, [Sassha(rho=0.1)])
+        if save:
+            run.save_checkpoint(str(tmp_path / "start.pt"))
+        run.fit()
+        ends.append(everything(run))
+        run.close()
+    resumed = trainer(sassha, [Sassha(rho=0.1)], load_path=str(tmp_path / "start.pt"))
+    resumed.fit()
+    ends.append(everything(resumed))
+    resumed.close()
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+
+
+def test_curvature_is_in_the_checkpoint(tmp_path):
+    run = trainer(
+        sassha, [Sassha(rho=0.1)], max_duration="3ba", save_folder=str(tmp_path), save_filename="a.pt"
+    )
+    run.fit()
+    expected = copied(run.state.optimizers[0].state_dict())
+    run.close()
+    loaded = trainer(sassha, [Sassha(rho=0.1)], load_path=str(tmp_path / "a.pt"))
+    assert_same(expected, copied(loaded.state.optimizers[0].state_dict()))
+    assert any(state["exp_hessian"].abs().sum() > 0 for state in loaded.state.optimizers[0].state.values())
+    loaded.close()
+    weights_only = trainer(
+        sassha,
+        [Sassha(rho=0.1)],
+        load_path=str(tmp_path / "a.pt"),
+        load_weights_only=True,
+        max_duration="2ba",
+    )
+    weights_only.fit()
+    assert weights_only.state.optimizers[0].steps_taken == 2
+    weights_only.close()

@@ -1,0 +1,65 @@
+"""The methods on a GPU, in the precisions that they support there."""
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+
+from composer_sassha import SAM
+from tests.helpers import assert_same, everything, method_trainer, trainer
+from tests.methods import METHODS, sgd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
+]
+
+
+def on_cpu(state):
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+def test_trains(method, precision):
+    log = InMemoryLogger()
+    run = method_trainer(method, device="gpu", precision=precision, max_duration="12ep", loggers=[log])
+    run.fit()
+    losses = [value for _, value in log.data["loss/train/total"]]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    run.close()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_resumes_bit_for_bit(method, tmp_path):
+    settings = {"device": "gpu", "deterministic_mode": True}
+    run = method_trainer(
+        method, save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt", **settings
+    )
+    run.fit()
+    expected = on_cpu(everything(run))
+    run.close()
+    for batch in (1, 3, 6):
+        resumed = method_trainer(method, load_path=str(tmp_path / f"ba{batch}.pt"), **settings)
+        resumed.fit()
+        assert_same(expected, on_cpu(everything(resumed)))
+        resumed.close()
+
+
+def test_the_second_pass_leaves_no_trace():
+    ends = []
+    for algorithms in ([], [SAM(rho=0.0)]):
+        run = trainer(sgd, algorithms, device="gpu", deterministic_mode=True)
+        run.fit()
+        (optimizer,) = run.state.optimizers
+        ends.append(on_cpu([dict(run.state.model.state_dict()), optimizer.state_dict()["state"]]))
+        run.close()
+    assert_same(*ends)
+
+
+def test_fp16_is_refused_at_the_start():
+    with pytest.raises(ValueError, match="amp_fp16"):
+        trainer(sgd, [SAM()], device="gpu", precision="amp_fp16")

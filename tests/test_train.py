@@ -1,0 +1,247 @@
+"""The command: exit statuses, messages, and what it leaves on the disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from composer_sassha.train import main
+
+QUICK = ["digits", "method=sgd", "max_duration=2ep", "progress_bar=false"]
+MISTAKES = [
+    # arguments, and what the line on standard error must contain
+    (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?", "sassha takes: lr, betas"]),
+    (["sed=1"], ["sed:", "did you mean seed?"]),
+    (["data.batchsize=1"], ["data.batchsize", "did you mean data.batch_size?"]),
+    (["algorithms.sassha.ro=1"], ["algorithms.sassha.ro", "did you mean algorithms.sassha.rho?"]),
+    (["method=sgd", "schedulers.warmup=2ep"], ["schedulers.warmup", "did you mean schedulers.t_warmup?"]),
+    (["seed=abc"], ["seed", "abc", "Integer"]),
+    (["optimizer.lr=high"], ["optimizer.lr", "high", "Float"]),
+    (["optimizer=sgd"], ["optimizer=sgd", "did you mean optimizer.name=sgd?"]),
+    (["algorithms=3"], ["algorithms", "3"]),
+    (["algorithms.sassha=null"], ["algorithms.sassha", "None"]),
+    (["model=null"], ["model", "None"]),
+    (["method=sasha"], ["method", "sasha", "did you mean sassha?"]),
+    (["model.name=resnet"], ["model.name", "resnet", "did you mean resnet_cifar?"]),
+    (["data.name=digts"], ["data.name", "digts", "did you mean digits?"]),
+    (["optimizer.name=sdg"], ["optimizer.name", "sdg", "did you mean sgd?"]),
+    (["algorithms.sasha={}"], ["algorithms.sasha", "did you mean sassha?"]),
+    (["schedulers.name=cosin"], ["schedulers.name", "cosin", "did you mean cosine?"]),
+    (["schedulers.name=multi_step"], ["schedulers.milestones", "multi_step"]),
+    (["baseline=sdg"], ["baseline", "sdg", "did you mean sgd?"]),
+    (["data.evaluate_on=tset"], ["data.evaluate_on=tset", "did you mean test?"]),
+    (["digit"], ["digit", "did you mean digits?"]),
+    (["yamls/digit.yaml"], ["yamls/digit.yaml", "did you mean digits?"]),
+    (["other/digits.yaml"], ["other/digits.yaml", "no such recipe"]),
+    (["digits", "seed"], ["seed", "key=value"]),
+    (["=1"], ["=1", "key=value"]),
+    (["--sed=1"], ["--sed=1"]),
+    (["optimizer.lr=[1"], ["optimizer.lr=[1", "not valid YAML"]),
+    (["seed=${nowhere}"], ["seed", "nowhere"]),
+    (["seed=-1"], ["seed=-1", "[0, "]),
+    (["optimizer.lr=-1"], ["optimizer.lr=-1.0", "at least 0"]),
+    (["optimizer.lr=nan"], ["optimizer.lr=nan", "at least 0"]),
+    (["optimizer.betas=[0.9,1]"], ["optimizer.betas", "1.0", "[0, 1)"]),
+    (["method=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["optimizer", "momentum"]),
+    (["model.depth=9"], ["model", "depth=9", "6n + 2", "8"]),
+    (["model.in_channels=3"], ["model", "3 channels"]),
+    (["model.num_classes=5"], ["model", "out of bounds"]),
+    (["data.batch_size=5000"], ["data", "batch_size=5000", "1437"]),
+    (["max_duration=30"], ["max_duration=30", "30ep"]),
+    (["max_duration=0ep"], ["max_duration=0ep", "1ep"]),
+    (["schedulers.t_warmup=2 epochs"], ["schedulers.t_warmup=2 epochs", "30ep"]),
+    (["schedulers={name: multi_step, milestones: [1ep, x]}"], ["schedulers.milestones", "x"]),
+    (["precision=amp_fp16"], ["precision=amp_fp16", "not supported yet"]),
+    (["precision=fp23"], ["precision=fp23", "did you mean fp32?"]),
+    (["device_train_microbatch_size=0"], ["device_train_microbatch_size=0"]),
+    (["cpu_threads=0"], ["cpu_threads=0", "at least 1"]),
+    (["name=a/b"], ["name=a/b"]),
+    # Found only when the Trainer is built, which makes folders.
+    (["method=sgd", "algorithms.sassha={}"], ["LazyHessian", "SGD"]),
+    (["method=sam", "algorithms.sassha={}"], ["perturbed twice"]),
+    (["method=sam", "optimizer={name: sassha}"], ["algorithms", "Hessian", "algorithms.sassha={}"]),
+]
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command says when it refuses."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("argv", "parts"), MISTAKES, ids=[" ".join(argv) for argv, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(
+    argv: list[str], parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(argv, capsys)
+    assert all(part in message for part in parts), message
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("name: [x\n a: b", "not valid YAML"),
+        ("a: 1\na: 2", "duplicate"),
+        ("- 1", "mapping"),
+        ("", "method"),
+        ("methods: {a: {}, b: {}}", "there are: a, b"),
+        ("method: sgd\nmethods: {sgd: 3}", "methods.sgd"),
+        ("method: sgd\nmethods: {}", "sgd"),
+        ("method: sgd\nname: x", "must set it"),
+    ],
+)
+def test_a_malformed_recipe_is_one_line(
+    content: str, part: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("recipe.yaml").write_text(content)
+    assert part in refused(["recipe.yaml"], capsys)
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("package", ["sklearn", "matplotlib"])
+def test_a_missing_optional_package_is_one_line(
+    package: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = refused(QUICK, capsys)
+    assert package in message and "pip install 'composer_sassha[demo]'" in message
+    assert not list(folder.iterdir())
+
+
+def test_help_names_recipes_and_methods_without_importing_torch() -> None:
+    code = "import sys; from composer_sassha.train import main\ntry: main(['--help'])\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "digits     sgd, adamw, sam, sassha" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["sgd", "adamw", "sam", "sassha"])
+def test_a_run_leaves_everything_and_is_left_alone(
+    method: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*QUICK, f"method={method}", "seed=3"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[1].startswith("epoch   2/2  train loss ") and "  test accuracy " in lines[1]
+
+    run = folder / "runs" / "digits" / method / "seed3"
+    names = {"config.yaml", "metrics.jsonl", "results.json", "curves.png", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == names
+    assert len(list((run / "checkpoints").glob("ep*.pt"))) == 1
+
+    results = json.loads((run / "results.json").read_text())
+    expected = {"recipe": "digits", "method": method, "seed": 3, "steps": 22, "epochs": 2, "world_size": 1}
+    assert results.items() >= (expected | {"reported": None, "heldout": "test"}).items()
+    assert 0 <= results["accuracy"] <= 1 and results["loss"] > 0
+    assert results["seconds"] > 0 and results["seconds_per_step"] > 0 and results["parameters"] > 0
+    assert f"test accuracy {results['accuracy']:.2%}" in lines[2]
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss/train/total" in record]
+    assert [record["batch"] for record in steps] == list(range(1, 23))
+    assert [record["epoch"] for record in steps] == [0] * 11 + [1] * 11
+    evaluations = [record for record in records if "metrics/test/MulticlassAccuracy" in record]
+    assert [(record["batch"], record["epoch"]) for record in evaluations] == [(11, 1), (22, 2)]
+    assert evaluations[-1]["metrics/test/MulticlassAccuracy"] == results["accuracy"]
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines() == lines[2:]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_the_baseline_is_compared_with_when_it_is_there(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ["max_duration=1ba", "method=sam"]
+    main(quick)
+    assert "times sgd's" not in capsys.readouterr().out
+    for seed in range(2):
+        main([*quick, "method=sgd", f"seed={seed}"])
+    capsys.readouterr()
+    main(quick)
+    seconds = {
+        run.parts[-3]: json.loads(run.read_text())["seconds_per_step"]
+        for run in Path("runs/digits").glob("*/seed0/results.json")
+    }
+    other = json.loads(Path("runs/digits/sgd/seed1/results.json").read_text())["seconds_per_step"]
+    ratio = seconds["sam"] / ((seconds["sgd"] + other) / 2)
+    assert f"({ratio:.2f} times sgd's)" in capsys.readouterr().out
+
+
+def test_the_resolved_config_repeats_the_run(folder: Path) -> None:
+    main([*QUICK, "max_duration=3ba", "data.shift=1"])
+    main(["runs/digits/sgd/seed0/config.yaml", "save_folder=again"])
+    first, again = (
+        json.loads(Path(root, "digits/sgd/seed0/results.json").read_text()) for root in ("runs", "again")
+    )
+    assert first["loss"] == again["loss"]
+
+
+def test_a_folder_with_another_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [*QUICK, "max_duration=1ba"]
+    main(quick)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    message = refused([*quick, "optimizer.lr=0.5"], capsys)
+    assert "optimizer.lr (0.1 there, 0.5 here)" in message and "save_folder" in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert main([*quick, "progress_bar=true"]) == 0  # does not change the result
+
+
+def test_a_folder_that_is_not_a_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    thesis = folder / "runs" / "digits" / "sgd" / "seed0" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("precious")
+    assert "not a run" in refused(QUICK, capsys)
+    assert list(thesis.parent.iterdir()) == [thesis]
+
+
+def test_two_ranks_do_the_same_job(folder: Path) -> None:
+    command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, *QUICK, "method=sassha"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   2/2") == 1
+    results = json.loads(Path("runs/digits/sassha/seed0/results.json").read_text())
+    assert results["world_size"] == 2 and results["steps"] == 22
+    assert results["accuracy"] > 0.3  # a tenth would be chance
+
+
+def test_ctrl_c_says_how_to_go_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(recipe: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("composer_sassha.recipes.run.run", interrupted)
+    assert main(QUICK) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_speaks(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["seed=abc"]) == 2
+    assert capsys.readouterr() == ("", "")
