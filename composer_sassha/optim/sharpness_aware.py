@@ -171,7 +171,7 @@ class SharpnessAwareOptimizer(Optimizer):
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
                 raise RuntimeError(
-                    "SharpnessAwareOptimizer.step() needs a closure that computes the loss and the gradients: "
+                    "SharpnessAwareOptimizer.step() needs a closure that computes the loss and its gradient: "
                     "it may be called several times a step"
                 )
             self.base_optimizer.step()

@@ -1,0 +1,208 @@
+"""From a YAML file and `key=value` overrides to a `Recipe`: one run, every setting checked and filled in."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from composer_sassha.recipes.algorithms import ALGORITHMS
+from composer_sassha.recipes.data import DATASETS
+from composer_sassha.recipes.errors import ConfigError, did_you_mean
+from composer_sassha.recipes.files import find_recipe
+from composer_sassha.recipes.models import MODELS
+from composer_sassha.recipes.optimizers import OPTIMIZERS
+from composer_sassha.recipes.schedulers import SCHEDULERS
+from composer_sassha.recipes.schema import checked, lookup, mapping, parse, time_in, within
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+        raise ValueError("names a folder, so it must be made of letters, digits and . _ + -")
+
+
+def _check_precision(precision: str) -> None:
+    if precision == "amp_fp16":
+        raise ValueError("is not supported yet; use fp32 or amp_bf16")
+    if precision not in ("fp32", "amp_bf16"):
+        raise ValueError(f"must be fp32 or amp_bf16{did_you_mean(precision, ['fp32', 'amp_bf16'])}")
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError("must be at least 1, or null")
+
+
+def _check_microbatch(size: int | str | None) -> None:
+    if size is not None and size != "auto" and (isinstance(size, str) or size < 1):
+        raise ValueError("must be a number of samples from 1, auto, or null")
+
+
+@dataclass
+class Recipe:
+    """One run, with every section an instance of the dataclass that is registered under its name.
+
+    Args:
+        model: what is trained (`models.MODELS`).
+        data: on what (`data.DATASETS`).
+        optimizer: the update rule (`optimizers.OPTIMIZERS`).
+        name: names the folder of the runs.
+        method: the row of the recipe that runs.
+        algorithms: Composer algorithms by name (`algorithms.ALGORITHMS`).
+        schedulers: the learning rate schedule (`schedulers.SCHEDULERS`), or None for a constant one.
+        baseline: the method that step times are compared with.
+        reported: the accuracy that the paper reports for this method, in percent.
+        seed: of the initial weights, the order of the data and all other randomness.
+        max_duration: length of the training, such as 30ep or 1000ba.
+        precision: fp32, or amp_bf16 on a GPU.
+        device_train_microbatch_size: samples in one forward pass on one device; None: the whole batch.
+        cpu_threads: threads of each process on a CPU; None leaves them to PyTorch, which takes every core.
+        deterministic: refuse operations that are not deterministic on a GPU.
+        save_folder: where the folders of runs are made.
+        save_interval: time between checkpoints.
+        eval_interval: time between evaluations on the held-out data.
+        progress_bar: show a progress bar where standard error is a terminal.
+    """
+
+    model: Any
+    data: Any
+    optimizer: Any
+    name: str = checked(MISSING, _check_name)  # MISSING: without a default, like the three above
+    method: str = checked(MISSING, _check_name)
+    algorithms: dict[str, Any] = field(default_factory=dict)
+    schedulers: Any = None
+    baseline: str | None = None
+    reported: float | None = None
+    seed: int = checked(0, within(0, 2**32))
+    max_duration: str = checked("30ep", time_in("ep", "ba", "sp", low=1))
+    precision: str = checked("fp32", _check_precision)
+    device_train_microbatch_size: int | str | None = checked(None, _check_microbatch)
+    cpu_threads: int | None = checked(None, _check_threads)
+    deterministic: bool = False
+    save_folder: str = "runs"
+    save_interval: str = checked("1ep", time_in("ep", "ba", "sp", "dur"))
+    eval_interval: str = checked("1ep", time_in("ep", "ba", low=1))
+    progress_bar: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes: `<save_folder>/<name>/<method>/seed<k>`."""
+        return Path(self.save_folder).expanduser() / Path(self.name, self.method, f"seed{self.seed}")
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe as plain settings; `load_recipe` makes the same recipe of them."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key, registry in _SECTIONS.items():
+            if plain[key] is not None:
+                name = next(name for name, schema in registry.items() if type(plain[key]) is schema)
+                plain[key] = {"name": name, **asdict(plain[key])}
+        plain["algorithms"] = {name: asdict(algorithm) for name, algorithm in self.algorithms.items()}
+        return OmegaConf.to_container(OmegaConf.create(plain))  # type: ignore[return-value]  # tuples to lists
+
+
+_SECTIONS: dict[str, Mapping[str, type]] = {
+    "model": MODELS,
+    "data": DATASETS,
+    "optimizer": OPTIMIZERS,
+    "schedulers": SCHEDULERS,
+}
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the shared settings, then those of the method, then the overrides; the later win.
+
+    Sections are merged key by key, unless the later names another component: then it replaces the earlier.
+
+    Args:
+        recipe: a path, or the name of a bundled recipe.
+        overrides: `key=value`, with dots into sections; `method=...` selects the method.
+
+    Raises:
+        ConfigError: anything that cannot be run, in one line.
+
+    >>> recipe = load_recipe("digits", ["method=sgd", "optimizer.lr=0.2"])
+    >>> recipe.optimizer.lr, recipe.folder.as_posix()
+    (0.2, 'runs/digits/sgd/seed0')
+    """
+    shared = _read(find_recipe(str(recipe)))
+    given = _parse_overrides(overrides)
+    # Without methods it is the config.yaml of a run, whose method is merged already.
+    methods = mapping(shared.pop("methods", {shared.get("method", "?"): {}}), "methods")
+    method: Any = given.get("method", shared.get("method"))
+    if method is None:
+        raise ConfigError(f"method: not given; choose one with method=... (there are: {', '.join(methods)})")
+    lookup(methods, method, "method")
+    settings = shared
+    for layer in (mapping(methods[method], f"methods.{method}"), given, {"method": method}):
+        settings = _merge(settings, layer)
+    try:
+        settings = mapping(OmegaConf.to_container(OmegaConf.create(settings), resolve=True), "the recipe")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{recipe}: {error}") from error
+    found = _resolve(settings)
+    if found.baseline is not None and len(methods) > 1:
+        lookup(methods, found.baseline, "baseline")
+    return found
+
+
+def _merge(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in layer.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and not _another(before, value):
+            merged[key] = _merge(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _another(before: dict[str, Any], section: dict[str, Any]) -> bool:
+    return "name" in before and "name" in section and before["name"] != section["name"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: a recipe is a mapping of settings")
+    return mapping(OmegaConf.to_container(content), str(path))
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        if not re.match(r"[^=\s]+=", override):
+            raise ConfigError(f"{override}: an override is written key=value, such as optimizer.lr=0.1")
+        try:
+            OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{override}: the value is not valid YAML: {error}") from error
+    return mapping(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))), "the overrides")
+
+
+def _resolve(settings: dict[str, Any]) -> Recipe:
+    """Check everything and turn each section into an instance of the dataclass that it names."""
+    if settings.get("algorithms", {}) is None:
+        settings["algorithms"] = {}
+    recipe = parse(Recipe, settings)
+    for key, registry in _SECTIONS.items():
+        section = getattr(recipe, key)
+        if section is not None or key != "schedulers":
+            setattr(recipe, key, _component(registry, section, key))
+    for name, section in recipe.algorithms.items():
+        schema = lookup(ALGORITHMS, name, f"algorithms.{name}")
+        recipe.algorithms[name] = parse(schema, section, f"algorithms.{name}", owner=name)
+    return recipe
+
+
+def _component(registry: Mapping[str, type], section: Any, where: str) -> Any:
+    if isinstance(section, str):
+        raise ConfigError(f"{where}={section}: not a mapping; did you mean {where}.name={section}?")
+    settings = mapping(section, where)
+    name = settings.pop("name", None)
+    return parse(lookup(registry, name, f"{where}.name"), settings, where, owner=name)

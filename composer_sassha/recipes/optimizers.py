@@ -1,0 +1,55 @@
+"""The optimizers a recipe can name. To add one: write a dataclass, and add a line to `OPTIMIZERS`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from composer_sassha.recipes.schema import at_least, checked, within
+
+
+@dataclass
+class SGD:
+    """`torch.optim.SGD`."""
+
+    lr: float = checked(0.1, at_least(0))
+    momentum: float = checked(0.9, within(0, 1))
+    weight_decay: float = checked(0.0, at_least(0))
+    nesterov: bool = False
+
+    def build(self, params: Iterable[Parameter]) -> Optimizer:
+        return torch.optim.SGD(params, self.lr, self.momentum, 0.0, self.weight_decay, self.nesterov)
+
+
+@dataclass
+class AdamW:
+    """`torch.optim.AdamW`."""
+
+    lr: float = checked(1e-3, at_least(0))
+    betas: tuple[float, float] = checked((0.9, 0.999), within(0, 1))
+    eps: float = checked(1e-8, at_least(0))
+    weight_decay: float = checked(1e-2, at_least(0))
+
+    def build(self, params: Iterable[Parameter]) -> Optimizer:
+        return torch.optim.AdamW(params, self.lr, self.betas, self.eps, self.weight_decay)
+
+
+@dataclass
+class SASSHA:
+    """`composer_sassha.SASSHA`; it needs a Hessian, so an algorithm `sassha` or `lazy_hessian` beside it."""
+
+    lr: float = checked(0.15, at_least(0))
+    betas: tuple[float, float] = checked((0.9, 0.999), within(0, 1))
+    eps: float = checked(1e-4, at_least(0))
+    weight_decay: float = checked(0.0, at_least(0))
+    hessian_power: float = checked(0.5, at_least(0))
+
+    def build(self, params: Iterable[Parameter]) -> Optimizer:
+        from composer_sassha import SASSHA
+
+        return SASSHA(params, self.lr, self.betas, self.eps, self.weight_decay, self.hessian_power)
+
+
+OPTIMIZERS: dict[str, type] = {"sgd": SGD, "adamw": AdamW, "sassha": SASSHA}

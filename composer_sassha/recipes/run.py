@@ -1,0 +1,280 @@
+"""Runs a recipe: builds the Trainer, trains or continues, and leaves the run folder behind."""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from composer import Algorithm, Callback, Evaluator, Trainer
+from composer.callbacks import LRMonitor
+from composer.devices import DeviceCPU
+from composer.models import ComposerModel
+from composer.optim import ComposerScheduler
+from composer.utils import dist, get_device, reproducibility
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from composer_sassha.recipes.config import Recipe, load_recipe
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.run_log import RunLog, write_atomically
+
+_NOT_COMPARED = {"progress_bar", "save_folder"}  # they do not change what a run computes
+_DEMO = {"sklearn", "matplotlib"}
+
+
+def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """Train what the recipe says, or continue where an earlier call stopped, and return the results.
+
+    The run folder gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `curves.png` and, when all is done,
+    `results.json`, whose content is returned. A run that has it is left alone.
+
+    Args:
+        recipe: from `load_recipe`.
+        callbacks: additional Composer callbacks.
+
+    Raises:
+        ConfigError: the recipe cannot be run, or its folder holds another run. Nothing was written.
+    """
+    if recipe.cpu_threads is not None:
+        torch.set_num_threads(recipe.cpu_threads)
+    parts = _build(recipe)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(get_device(None))
+    results = _on_rank_zero(lambda: _earlier_results(recipe))
+    if results is None:
+        with warnings.catch_warnings():
+            # A schedule without warm-up is what the recipe asks for.
+            warnings.filterwarnings("ignore", message="The warmup duration is 0")
+            results = _train(recipe, parts, callbacks)
+    return results
+
+
+@dataclass
+class _Parts:
+    model: ComposerModel
+    optimizer: Optimizer
+    algorithms: list[Algorithm]
+    scheduler: ComposerScheduler | None
+    train: DataLoader
+    heldout: Evaluator
+
+
+def _build(recipe: Recipe) -> _Parts:
+    """Build all that can be built without writing, so that mistakes show before anything is written."""
+    if recipe.precision != "fp32" and isinstance(get_device(None), DeviceCPU):
+        raise ConfigError(f"precision={recipe.precision}: needs a GPU; this machine trains in fp32")
+    with _config_errors("curves.png"):
+        import matplotlib.figure  # noqa: F401  # only at the end, but then it would be late to ask for it
+    reproducibility.seed_all(recipe.seed)  # the Trainer seeds too, but the model is built before it
+    with _config_errors("data"):
+        train, heldout = recipe.data.build(recipe.seed)
+    with _config_errors("model"):
+        model = recipe.model.build()
+    with _config_errors("optimizer"):
+        optimizer = recipe.optimizer.build(model.parameters())
+    algorithms = []
+    for name, algorithm in recipe.algorithms.items():
+        with _config_errors(f"algorithms.{name}"):
+            algorithms.append(algorithm.build())
+    if hasattr(optimizer, "update_curvature") and not {"sassha", "lazy_hessian"} & set(recipe.algorithms):
+        raise ConfigError(
+            "algorithms: this optimizer needs a Hessian; "
+            "add algorithms.sassha={} or algorithms.lazy_hessian={}"
+        )
+    with _config_errors("schedulers"):
+        scheduler = recipe.schedulers.build() if recipe.schedulers is not None else None
+    try:
+        with torch.no_grad():
+            batch = next(iter(train))
+            model.eval().loss(model(batch), batch)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ConfigError(f"model: it does not fit the data: {error}") from error
+    return _Parts(model.train(), optimizer, algorithms, scheduler, train, heldout)
+
+
+@contextmanager
+def _config_errors(where: str) -> Iterator[None]:
+    """What a constructor refuses, or an optional package that is missing, is a mistake in the recipe."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").split(".")[0]) not in _DEMO:
+            raise
+        raise ConfigError(f"{where}: needs {package}; pip install 'composer_sassha[demo]'") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _on_rank_zero(question: Any) -> Any:
+    """Rank 0's answer to a question about the disk, so that all ranks go the same way, errors included."""
+    answer: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer = [question()]
+        except ConfigError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    return answer[0]
+
+
+def _earlier_results(recipe: Recipe) -> dict[str, Any] | None:
+    """The results in the run folder if it holds this run, finished; refuses a folder with anything else."""
+    config, results = recipe.folder / "config.yaml", recipe.folder / "results.json"
+    elsewhere = "choose another save_folder, such as save_folder=runs2"
+    if not config.exists():
+        if recipe.folder.exists() and (not recipe.folder.is_dir() or any(recipe.folder.iterdir())):
+            raise ConfigError(f"{recipe.folder}: exists and is not a run; {elsewhere}")
+        return None
+    now = _flatten(recipe.settings())
+    try:
+        before = _flatten(load_recipe(config).settings())
+    except ConfigError as error:
+        raise ConfigError(
+            f"{recipe.folder}: holds a run that cannot be read ({error}); {elsewhere}"
+        ) from error
+    different = [
+        f"{key} ({before.get(key)} there, {now.get(key)} here)"
+        for key in sorted(before.keys() | now.keys())
+        if key not in _NOT_COMPARED and (key in before, before.get(key)) != (key in now, now.get(key))
+    ]
+    if different:
+        raise ConfigError(f"{recipe.folder}: holds a run with another {', '.join(different)}; {elsewhere}")
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    log = RunLog(recipe.folder / "metrics.jsonl", parts.heldout.label, recipe.progress_bar)
+    with _removed_on_failure(recipe.folder):
+        if dist.get_global_rank() == 0:
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            config = yaml.safe_dump(recipe.settings(), sort_keys=False)
+            write_atomically(recipe.folder / "config.yaml", config)
+        with _config_errors("Trainer"):
+            trainer = _trainer(recipe, parts, log, callbacks)
+    state = trainer.state
+    try:
+        if state.load_path is not None and dist.get_global_rank() == 0:
+            # Composer deletes old checkpoints of its own process only; add the one we continue from.
+            trainer.saved_checkpoints.append(str(Path(state.load_path).resolve()))
+        if state.timestamp < state.max_duration:
+            trainer.fit()
+        if not _on_rank_zero(lambda: log.evaluated_at(state.timestamp)):
+            trainer.eval()  # the run was stopped between its last checkpoint and its last evaluation
+        return _on_rank_zero(lambda: _write_results(recipe, trainer, log))
+    finally:
+        trainer.close()
+
+
+def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:
+    return Trainer(
+        model=parts.model,
+        train_dataloader=parts.train,
+        eval_dataloader=parts.heldout,
+        optimizers=parts.optimizer,
+        schedulers=parts.scheduler,
+        algorithms=parts.algorithms,
+        callbacks=[LRMonitor(), *callbacks],
+        loggers=log,
+        max_duration=recipe.max_duration,
+        eval_interval=recipe.eval_interval,
+        precision=recipe.precision,
+        device_train_microbatch_size=recipe.device_train_microbatch_size,
+        seed=recipe.seed,
+        deterministic_mode=recipe.deterministic,
+        progress_bar=False,  # the log has one for the whole run
+        run_name=f"{recipe.name}-{recipe.method}-seed{recipe.seed}",
+        autoresume=True,
+        save_folder=str(recipe.folder / "checkpoints"),
+        save_interval=recipe.save_interval,
+        save_overwrite=True,  # a file that a kill left half written is in the way otherwise
+        save_num_checkpoints_to_keep=1,
+        load_progress_bar=False,
+    )
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Leave no new run folder behind when the block fails; a folder that holds a run stays as it is."""
+    new = not (folder / "config.yaml").exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if new and dist.get_global_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                for path in missing[1:]:
+                    path.rmdir()
+        raise
+
+
+def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
+    state = trainer.state
+    _, loss, accuracy = log.heldout()[-1]
+    results = {
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "accuracy": accuracy,
+        "loss": loss,
+        "heldout": log.heldout_label,
+        "reported": recipe.reported,
+        "seconds": state.timestamp.total_wct.total_seconds(),
+        "seconds_per_step": log.seconds_per_step(),
+        "steps": state.timestamp.batch.value,
+        "epochs": state.timestamp.epoch.value,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "world_size": dist.get_world_size(),
+        "device": state.device.name,
+    }
+    log.plot(recipe.folder / "curves.png", steps_per_epoch=int(state.dataloader_len or 1))
+    write_atomically(recipe.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def summary(recipe: Recipe, results: dict[str, Any]) -> str:
+    """What the console says at the end of a run, with the step time relative to the baseline's if known."""
+    heldout, loss = results["heldout"], results["loss"]
+    lines = [
+        f"{recipe.name} {recipe.method} seed {recipe.seed}: {heldout} accuracy {results['accuracy']:.2%}, "
+        f"{heldout} loss {math.nan if loss is None else loss:.4f}"
+        + (f" (reported: {recipe.reported} %)" if recipe.reported is not None else ""),
+        f"trained for {results['seconds']:.1f} s, {results['steps']} steps, "
+        f"{results['seconds_per_step']:.4f} s per step{_relative_to_baseline(recipe, results)}",
+        f"run folder: {recipe.folder}",
+    ]
+    return "\n".join(lines)
+
+
+def _relative_to_baseline(recipe: Recipe, results: dict[str, Any]) -> str:
+    if recipe.baseline in (None, recipe.method):
+        return ""
+    runs = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in recipe.folder.parents[1].glob(f"{recipe.baseline}/seed*/results.json")
+    ]
+    same = ("world_size", "device")
+    seconds = [r["seconds_per_step"] for r in runs if all(r[key] == results[key] for key in same)]
+    return (
+        f" ({results['seconds_per_step'] / median(seconds):.2f} times {recipe.baseline}'s)" if seconds else ""
+    )

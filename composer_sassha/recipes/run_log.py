@@ -1,0 +1,177 @@
+"""What a run writes down while it trains: metrics.jsonl, a console line per epoch, and the curves."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from composer import Logger, State
+from composer.core import Timestamp, TimeUnit
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+from tqdm import tqdm
+
+TRAIN_LOSS = "loss/train/total"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+class RunLog(LoggerDestination):
+    """Collects the metrics of a run in `records` and appends each record to a JSON-lines file.
+
+    A record holds what was logged in one step or in one evaluation. `batch` steps had been taken then, and
+    `epoch` epochs completed; `seconds` is the time of the step from the moment its data is there. A
+    checkpoint remembers how many records there were, so a resumed run drops what came later and repeats it.
+    Only rank 0 has records, writes and prints.
+
+    Args:
+        path: the JSON-lines file.
+        heldout: the label of the evaluator.
+        progress_bar: show one where standard error is a terminal.
+    """
+
+    def __init__(self, path: Path, heldout: str, progress_bar: bool = True) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._path = path
+        self.heldout_label = heldout
+        self._accuracy = f"metrics/{heldout}/MulticlassAccuracy"
+        self._loss = f"metrics/{heldout}/CrossEntropy"
+        self._pending: dict[str, float | None] = {}
+        self._resumed_records = 0
+        self._step_start = 0.0
+        self._progress_bar = progress_bar
+        self._bar = tqdm(disable=True)
+
+    # What Composer calls
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        # Composer logs its clock as metrics too; `batch` and `epoch` say the same.
+        values = {name: float(value) for name, value in metrics.items() if not name.startswith("time/")}
+        # JSON has no NaN and no infinity.
+        self._pending |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": len(self.records)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resumed_records = state["records"]
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            lines = lines[: self._resumed_records]
+            self.records = [json.loads(line) for line in lines]
+            write_atomically(self._path, "".join(line + "\n" for line in lines))
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        end, epoch = state.max_duration, state.dataloader_len
+        steps = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: epoch and epoch.value}.get(end.unit) if end else None
+        shown = self._progress_bar and dist.get_global_rank() == 0
+        self._bar = tqdm(
+            desc="training",
+            unit=" steps",
+            total=end.value * steps if end and steps else None,
+            initial=state.timestamp.batch.value,
+            leave=False,
+            disable=None if shown else True,  # None: shown on a terminal only
+        )
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._step_start = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._pending["seconds"] = time.perf_counter() - self._step_start
+        self._write(state)
+        self._bar.update()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        self._pending = {}  # Composer repeats the training metrics of the last step
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            tqdm.write(self._epoch_line(state))
+
+    def close(self, state: State, logger: Logger) -> None:
+        self._bar.close()
+
+    def _write(self, state: State) -> None:
+        if dist.get_global_rank() == 0:
+            clock = {"batch": state.timestamp.batch.value, "epoch": state.timestamp.epoch.value}
+            self.records.append(clock | self._pending)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.records[-1]) + "\n")
+        self._pending = {}
+
+    def _epoch_line(self, state: State) -> str:
+        epoch, end = state.timestamp.epoch.value, state.max_duration
+        total = f"/{end.value}" if end is not None and end.unit == TimeUnit.EPOCH else ""
+        losses = [_number(r[TRAIN_LOSS]) for r in self.records if r["epoch"] == epoch - 1 and TRAIN_LOSS in r]
+        line = f"epoch {epoch:>3}{total}  train loss {fmean(losses):.4f}"
+        last = self.records[-1]
+        if last["batch"] == state.timestamp.batch.value and self._accuracy in last:
+            line += f"  {self.heldout_label} loss {_number(last[self._loss]):.4f}"
+            line += f"  {self.heldout_label} accuracy {last[self._accuracy]:.1%}"
+        return f"{line}  {state.timestamp.total_wct.total_seconds():.1f} s"
+
+    # What the records say
+
+    def heldout(self) -> list[tuple[int, float | None, float]]:
+        """The evaluations so far, as (steps taken, loss, accuracy)."""
+        return [(r["batch"], r[self._loss], r[self._accuracy]) for r in self.records if self._accuracy in r]
+
+    def evaluated_at(self, now: Timestamp) -> bool:
+        """Whether the last evaluation saw the weights of this moment."""
+        evaluations = self.heldout()
+        return bool(evaluations) and evaluations[-1][0] == now.batch.value
+
+    def seconds_per_step(self) -> float:
+        """The time of a step: the median over blocks of 50 steps of the mean within the block.
+
+        The first five steps, which warm up, do not count. A plain median would hide what a method does only
+        now and then, such as a refresh of the Hessian; a plain mean would show the hiccups of the machine.
+        """
+        steps = [r["seconds"] for r in self.records if "seconds" in r]
+        steps = steps[5:] or steps
+        return median(fmean(steps[i : i + 50]) for i in range(0, max(1, len(steps) - 49), 50))
+
+    def plot(self, path: Path, steps_per_epoch: int) -> None:
+        """Draw the losses and the held-out accuracy over the epochs."""
+        from matplotlib.figure import Figure  # optional: not everyone needs the curves
+
+        train = [(r["batch"], _number(r[TRAIN_LOSS])) for r in self.records if TRAIN_LOSS in r]
+        batches, loss, accuracy = zip(*self.heldout(), strict=True)
+        epochs = [batch / steps_per_epoch for batch in batches]
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        # Blue and orange of Okabe and Ito's palette, and different line styles, for every kind of eyes.
+        blue, orange = {"color": "#0072B2", "linewidth": 0.8}, {"color": "#D55E00", "markersize": 3}
+        left.plot(
+            [batch / steps_per_epoch for batch, _ in train], [y for _, y in train], label="training", **blue
+        )
+        left.plot(epochs, [_number(y) for y in loss], "o--", label=self.heldout_label, **orange)
+        left.set(xlabel="epoch", ylabel="loss", yscale="log", title="Loss")
+        left.legend()
+        right.plot(epochs, [100 * y for y in accuracy], "o--", **orange)
+        right.set(xlabel="epoch", ylabel="accuracy (%)", title=f"Accuracy on the {self.heldout_label} data")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+
+def _number(value: float | None) -> float:
+    """A recorded value; None stands for one that was not finite."""
+    return math.nan if value is None else value

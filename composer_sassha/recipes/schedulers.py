@@ -1,0 +1,73 @@
+"""The learning rate schedules a recipe can name: Composer's, each with a linear warm-up from zero.
+
+Times are Composer's: 2ep, 100ba (batches), 0.1dur (of the whole training). To add a schedule: write a
+dataclass, and add a line to `SCHEDULERS`.
+"""
+
+from dataclasses import MISSING, asdict, dataclass
+
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+    MultiStepWithWarmupScheduler,
+)
+
+from composer_sassha.recipes.schema import at_least, checked, time_in
+
+_time = time_in("ep", "ba", "sp", "dur")
+
+
+@dataclass
+class Constant:
+    """The base learning rate throughout."""
+
+    t_warmup: str = checked("0ba", _time)
+
+    def build(self) -> ComposerScheduler:
+        return ConstantWithWarmupScheduler(**asdict(self))
+
+
+@dataclass
+class Linear:
+    """From the base learning rate to `alpha_f` times it, in a straight line that ends at `t_max`."""
+
+    t_warmup: str = checked("0ba", _time)
+    alpha_f: float = checked(0.0, at_least(0))
+    t_max: str = checked("1dur", _time)
+
+    def build(self) -> ComposerScheduler:
+        return LinearWithWarmupScheduler(**asdict(self))
+
+
+@dataclass
+class Cosine:
+    """From the base learning rate to `alpha_f` times it, along half a cosine that ends at `t_max`."""
+
+    t_warmup: str = checked("0ba", _time)
+    alpha_f: float = checked(0.0, at_least(0))
+    t_max: str = checked("1dur", _time)
+
+    def build(self) -> ComposerScheduler:
+        return CosineAnnealingWithWarmupScheduler(**asdict(self))
+
+
+@dataclass
+class MultiStep:
+    """The learning rate is multiplied by `gamma` at each milestone."""
+
+    milestones: tuple[str, ...] = checked(MISSING, _time)
+    gamma: float = checked(0.1, at_least(0))
+    t_warmup: str = checked("0ba", _time)
+
+    def build(self) -> ComposerScheduler:
+        return MultiStepWithWarmupScheduler(**asdict(self))
+
+
+SCHEDULERS: dict[str, type] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "multi_step": MultiStep,
+}

@@ -1,0 +1,150 @@
+"""Typed settings: a dataclass is the schema of one part of a recipe, and `parse` checks settings against it.
+
+OmegaConf checks the types. What a type cannot say (a range, a list of choices) stands in the field itself:
+
+    lr: float = checked(0.1, at_least(0))
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, field, fields
+from typing import Any, TypeVar
+
+from composer.core import Time
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from composer_sassha.recipes.errors import ConfigError, did_you_mean
+
+Check = Callable[[Any], None]
+T = TypeVar("T")
+
+
+def checked(default: Any, check: Check) -> Any:
+    """A dataclass field whose value must pass `check`, which raises ValueError with the reason otherwise.
+
+    Pass `dataclasses.MISSING` as the default of a field that every recipe must set.
+    """
+    return field(default=default, metadata={"check": check})
+
+
+def at_least(low: float) -> Check:
+    """The value must be `low` or more."""
+
+    def check(value: float) -> None:
+        if not value >= low:  # written so that NaN fails as well
+            raise ValueError(f"must be at least {low}")
+
+    return check
+
+
+def above(low: float) -> Check:
+    """The value must be more than `low`."""
+
+    def check(value: float) -> None:
+        if not value > low:
+            raise ValueError(f"must be above {low}")
+
+    return check
+
+
+def within(low: float, high: float) -> Check:
+    """Every number must be in [low, high); the value is a number or a list of them."""
+
+    def check(value: Any) -> None:
+        if not all(
+            low <= number < high for number in (value if isinstance(value, list | tuple) else [value])
+        ):
+            raise ValueError(f"must be in [{low}, {high})")
+
+    return check
+
+
+def _each(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def one_of(*choices: str) -> Check:
+    """The value must be one of `choices`."""
+
+    def check(value: str) -> None:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+    return check
+
+
+def time_in(*units: str, low: int = 0) -> Check:
+    """The value, or every one in a list, must be a Composer time such as 30ep, in one of these units.
+
+    >>> time_in("ep", "ba", low=1)("30 epochs")
+    Traceback (most recent call last):
+    ValueError: must be a number and a unit (ep, ba), such as 30ep
+    """
+
+    def check(value: Any) -> None:
+        for time in _each(value):
+            try:
+                parsed = Time.from_timestring(time)
+            except ValueError:
+                parsed = None
+            if parsed is None or parsed.unit.value not in units:
+                raise ValueError(f"must be a number and a unit ({', '.join(units)}), such as 30{units[0]}")
+            if parsed.value < low:
+                raise ValueError(f"must be at least {low}{parsed.unit.value}")
+
+    return check
+
+
+def mapping(settings: Any, where: str) -> dict[str, Any]:
+    """`settings` as a dictionary with string keys, or a ConfigError that names the place."""
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{where}: {settings!r} is not a mapping of settings")
+    return {str(key): value for key, value in settings.items()}
+
+
+def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recipe") -> T:
+    """Make an instance of the dataclass `schema` from `settings`, with its defaults filled in.
+
+    Args:
+        schema: a dataclass; its field types and `checked` fields say what is valid.
+        settings: a mapping of field names to values.
+        where: the dotted place of the settings in the recipe, for messages; "" is the top level.
+        owner: what takes these settings, for messages.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range, or a missing setting.
+    """
+    settings = mapping(settings, where or "the recipe")
+    prefix = f"{where}." if where else ""
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
+    config = OmegaConf.structured(schema)
+    for key, value in settings.items():
+        if key not in known:
+            takes = ", ".join(known) or "no settings"
+            raise ConfigError(
+                f"{prefix}{key}: unknown key{did_you_mean(key, known, prefix)} ({owner} takes: {takes})"
+            )
+        try:
+            config = OmegaConf.merge(config, {key: value})
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{prefix}{key}={value}: {str(error).splitlines()[0]}") from error
+    for key, f in known.items():
+        if OmegaConf.is_missing(config, key):
+            raise ConfigError(f"{prefix}{key}: {owner} must set it")
+        if check := f.metadata.get("check"):
+            value = getattr(config, key)
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            try:
+                check(value)
+            except ValueError as error:
+                raise ConfigError(f"{prefix}{key}={value}: {error}") from error
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def lookup(registry: Mapping[str, type], name: Any, where: str) -> type:
+    """The schema registered as `name`, or a ConfigError with the nearest name and all of them."""
+    if not isinstance(name, str) or name not in registry:
+        raise ConfigError(
+            f"{where}: {name!r} is unknown{did_you_mean(name, registry)} (there are: {', '.join(registry)})"
+        )
+    return registry[name]

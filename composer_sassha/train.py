@@ -1,0 +1,102 @@
+"""Train one method of a recipe: `python -m composer_sassha.train [RECIPE] [key=value ...]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.files import bundled_recipes, find_recipe
+
+_EXAMPLES = """\
+examples:
+  python -m composer_sassha.train                        the bundled digits recipe, with its own method
+  python -m composer_sassha.train digits method=sgd seed=1
+  python -m composer_sassha.train my.yaml optimizer.lr=0.1 algorithms.sassha.rho=0.3
+  python -m composer_sassha.train runs/digits/sassha/seed0/config.yaml save_folder=again
+  composer -n 2 -m composer_sassha.train digits          the same on two processes
+
+The same command again continues a run that was stopped, and leaves a finished one alone.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)  # one line, like every other mistake
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0 when the run is finished, 2 for a mistake in the recipe or the overrides, with one
+        line on standard error and nothing written, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        recipe, overrides = _split(_parser(argv).parse_args(argv).arguments)
+        # Only now, as they import torch and Composer, which --help need not wait for.
+        from composer_sassha.recipes.config import load_recipe
+        from composer_sassha.recipes.run import run, summary
+
+        loaded = load_recipe(recipe, overrides)
+        results = run(loaded)
+        if first:
+            print(summary(loaded, results))
+    except ConfigError as error:
+        if first:
+            print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted; the same command continues the run from its last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe, which comes first if it is given at all, and the overrides."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return arguments[0], list(arguments[1:])
+    return "digits", list(arguments)
+
+
+def _parser(argv: Sequence[str]) -> _Parser:
+    recipes = {name: str(path) for name, path in bundled_recipes().items()}
+    asks_help = {"-h", "--help"} & set(argv)
+    recipe, _ = _split([argument for argument in argv if not argument.startswith("-")])
+    if asks_help and recipe not in recipes:
+        recipes = {recipe: str(find_recipe(recipe))}
+    lines = [f"  {name:<10} {_methods(path)}" for name, path in recipes.items()] if asks_help else []
+    parser = _Parser(
+        prog="python -m composer_sassha.train",
+        usage="%(prog)s [RECIPE] [key=value ...]",
+        description="Train one method of a recipe, and leave its metrics, curves and results in a folder.",
+        epilog="\n".join(["recipes and their methods:", *lines, "", _EXAMPLES]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="RECIPE, key=value",
+        help="a YAML file or the name of a bundled recipe (default: digits), then settings that win over its "
+        "own; method=... selects a method",
+    )
+    return parser
+
+
+def _methods(path: str) -> str:
+    content = OmegaConf.load(path)
+    return ", ".join(content.get("methods", {}) if isinstance(content, DictConfig) else {}) or "a single run"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

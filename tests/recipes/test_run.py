@@ -1,0 +1,102 @@
+"""Runs that are stopped and continued."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback, Logger, State
+
+from composer_sassha.recipes.config import Recipe, load_recipe
+from composer_sassha.recipes.run import run
+
+
+class Stop(Callback):
+    """Stops the process, as it were, at one event when so many steps have been taken."""
+
+    def __init__(self, event: str, batch: int) -> None:
+        self.batch = batch
+        setattr(self, event, self._stop)
+
+    def _stop(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == self.batch:
+            raise KeyboardInterrupt
+
+
+def recipe(folder: Path, method: str, *more: str) -> Recipe:
+    settings = [f"method={method}", f"save_folder={folder}", "max_duration=2ep", "save_interval=4ba"]
+    return load_recipe("digits", [*settings, "data.shift=1", "progress_bar=false", *more])
+
+
+def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(recipe.folder / "checkpoints" / "latest-rank0.pt", weights_only=False)
+    return checkpoint["state"]["model"]
+
+
+def metrics(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def same_runs(first: Recipe, second: Recipe) -> None:
+    for (name, left), right in zip(weights(first).items(), weights(second).values(), strict=True):
+        assert torch.equal(left, right), name
+    assert metrics(first) == metrics(second)
+    results = [json.loads((r.folder / "results.json").read_text()) for r in (first, second)]
+    assert all(results[0][key] == results[1][key] for key in ("accuracy", "loss", "steps", "epochs"))
+
+
+@pytest.mark.parametrize("method", ["sgd", "adamw", "sam", "sassha"])
+def test_a_continued_run_equals_an_uninterrupted_one(method: str, tmp_path: Path) -> None:
+    whole, parts = recipe(tmp_path / "whole", method), recipe(tmp_path / "parts", method)
+    run(whole)
+    for event, batch in [("batch_end", 3), ("batch_start", 7), ("after_train_batch", 15)]:
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, [Stop(event, batch)])
+    run(parts)
+    same_runs(whole, parts)
+    assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "interval"), [("epoch_end", "11ba"), ("eval_end", "11ba"), ("fit_end", "1ep")]
+)
+def test_stopped_around_an_evaluation(event: str, interval: str, tmp_path: Path) -> None:
+    whole = recipe(tmp_path / "whole", "sgd", f"save_interval={interval}")
+    parts = recipe(tmp_path / "parts", "sgd", f"save_interval={interval}")
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, [Stop(event, 22 if event == "fit_end" else 11)])
+    run(parts)
+    same_runs(whole, parts)
+
+
+def test_stopped_before_the_last_evaluation(tmp_path: Path) -> None:
+    """Training that ends within an epoch is evaluated after its last checkpoint."""
+    whole = recipe(tmp_path / "whole", "sgd", "max_duration=15ba")
+    parts = recipe(tmp_path / "parts", "sgd", "max_duration=15ba")
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, [Stop("fit_end", 15)])
+    run(parts)
+    same_runs(whole, parts)
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_replaced(tmp_path: Path) -> None:
+    whole, parts = recipe(tmp_path / "whole", "sgd"), recipe(tmp_path / "parts", "sgd")
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, [Stop("batch_end", 7)])
+    (parts.folder / "checkpoints" / "ep0-ba8-rank0.pt").write_bytes(b"half")
+    with (parts.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"batch": 8, "ep')
+    run(parts)
+    same_runs(whole, parts)
+    assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
+
+
+def test_a_diverged_run_is_recorded_as_valid_json(tmp_path: Path) -> None:
+    results = run(recipe(tmp_path, "sgd", "optimizer.lr=1e30", "schedulers=null", "max_duration=1ep"))
+    assert results["loss"] is None
+    assert "NaN" not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
