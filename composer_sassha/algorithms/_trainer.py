@@ -74,9 +74,10 @@ def check(state: State) -> None:
     from composer_sassha.algorithms.lazy_hessian import LazyHessian
     from composer_sassha.algorithms.sam import SAM
 
-    ours = list(parts(state.algorithms))
-    perturbations = [repr(part) for part in ours if isinstance(part, SAM)]
-    hessians = [repr(part) for part in ours if isinstance(part, LazyHessian)]
+    def with_part(kind: type) -> list[str]:
+        return [repr(a) for a in state.algorithms if any(isinstance(part, kind) for part in parts([a]))]
+
+    perturbations, hessians = with_part(SAM), with_part(LazyHessian)
     if len(state.optimizers) != 1:
         raise ValueError(
             f"{len(state.optimizers)} optimizers were given to the Trainer; these methods need exactly one"
@@ -97,7 +98,7 @@ def check(state: State) -> None:
             f"the weights would be perturbed twice ({' and '.join(perturbations)}); keep one perturbation"
         )
     if len(hessians) > 1:
-        raise ValueError("the Hessian would be refreshed twice; keep one of Sassha and LazyHessian")
+        raise ValueError(f"the Hessian would be refreshed twice ({' and '.join(hessians)}); keep one of them")
     if hessians and not hasattr(base, "update_curvature"):
         raise ValueError(
             f"LazyHessian needs an optimizer that takes curvature, such as composer_sassha.SASSHA; "

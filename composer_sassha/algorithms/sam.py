@@ -31,7 +31,7 @@ class SAM(Algorithm):
 
     Example:
         >>> SAM(rho=0.1)
-        SAM(rho=0.1, interval=1)
+        SAM(rho=0.1, interval=1, sync_ascent=False)
     """
 
     def __init__(self, rho: float = 0.05, interval: int = 1, sync_ascent: bool = False) -> None:
@@ -40,7 +40,7 @@ class SAM(Algorithm):
         self.sync_ascent = sync_ascent
 
     def __repr__(self) -> str:
-        return f"SAM(rho={self.perturbation.rho}, interval={self.interval})"
+        return f"SAM(rho={self.perturbation.rho}, interval={self.interval}, sync_ascent={self.sync_ascent})"
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, and at the end of each batch to log."""

@@ -27,7 +27,7 @@ class Sassha(Algorithm):
 
     Example:
         >>> Sassha(rho=0.1)
-        Sassha(rho=0.1, interval=1, hessian_interval=10)
+        Sassha(rho=0.1, interval=1, hessian_interval=10, samples=1, seed=0, sync_ascent=False)
     """
 
     def __init__(
@@ -44,9 +44,10 @@ class Sassha(Algorithm):
         self.parts = (self.sam, self.lazy_hessian)
 
     def __repr__(self) -> str:
+        sam, curvature = self.sam, self.lazy_hessian.curvature
         return (
-            f"Sassha(rho={self.sam.perturbation.rho}, interval={self.sam.interval}, "
-            f"hessian_interval={self.lazy_hessian.curvature.interval})"
+            f"Sassha(rho={sam.perturbation.rho}, interval={sam.interval}, hessian_interval={curvature.interval}, "
+            f"samples={curvature.samples}, seed={curvature.seed}, sync_ascent={sam.sync_ascent})"
         )
 
     def match(self, event: Event, state: State) -> bool:

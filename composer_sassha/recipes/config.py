@@ -130,9 +130,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     shared = _read(find_recipe(str(recipe)))
     given = _parse_overrides(overrides)
-    # Without methods it is the config.yaml of a run, whose method is merged already.
-    methods = mapping(shared.pop("methods", {shared.get("method", "?"): {}}), "methods")
     method: Any = given.get("method", shared.get("method"))
+    if method is None and "methods" not in shared:
+        raise ConfigError(f"{recipe}: has neither methods nor a method, so it is no recipe")
+    # Without methods it is the config.yaml of a run, whose method is merged already.
+    methods = mapping(shared.pop("methods", {shared.get("method"): {}}), "methods")
     if method is None:
         raise ConfigError(f"method: not given; choose one with method=... (there are: {', '.join(methods)})")
     lookup(methods, method, "method")

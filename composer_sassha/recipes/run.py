@@ -165,10 +165,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict[str, Any]:
     log = RunLog(recipe.folder / "metrics.jsonl", parts.heldout.label, recipe.progress_bar)
     with _removed_on_failure(recipe.folder):
-        if dist.get_global_rank() == 0:
-            recipe.folder.mkdir(parents=True, exist_ok=True)
-            config = yaml.safe_dump(recipe.settings(), sort_keys=False)
-            write_atomically(recipe.folder / "config.yaml", config)
+        _on_rank_zero(lambda: _make_folder(recipe))
         with _config_errors("Trainer"):
             trainer = _trainer(recipe, parts, log, callbacks)
     state = trainer.state
@@ -183,6 +180,15 @@ def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict
         return _on_rank_zero(lambda: _write_results(recipe, trainer, log))
     finally:
         trainer.close()
+
+
+def _make_folder(recipe: Recipe) -> None:
+    try:
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        config = yaml.safe_dump(recipe.settings(), sort_keys=False)
+        write_atomically(recipe.folder / "config.yaml", config)
+    except OSError as error:
+        raise ConfigError(f"save_folder={recipe.save_folder}: cannot be written to: {error}") from error
 
 
 def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:

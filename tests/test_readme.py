@@ -1,0 +1,60 @@
+"""The README's Python runs and does what it says; its commands are run by .ci/run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Event
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_sassha import SASSHA, Sassha
+from tests.helpers import Spy, assert_same, copied, images, network, trainer
+
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
+SCRIPT, LOOP = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_script_trains():
+    names = {
+        "Trainer": lambda **settings: Trainer(**settings, device="cpu", progress_bar=False),
+        "model": network(),
+        "train_dataloader": DataLoader(images(), batch_size=10),
+    }
+    exec(SCRIPT, names)
+    assert names["trainer"].state.optimizers[0].steps_taken == 8
+    names["trainer"].close()
+
+
+def test_the_plain_loop_is_short_and_takes_the_trainers_steps_to_the_last_bit(float64):
+    assert len([line for line in LOOP.splitlines() if line and "import" not in line]) <= 15
+    batches, rng = [], []
+
+    def look(event, state, passes):
+        if event == Event.BATCH_START:
+            batches.append(copied(state.batch))
+            rng.append(torch.get_rng_state())
+
+    x, y = images(120).tensors
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.15, weight_decay=3e-3),
+        [Sassha(rho=0.2)],
+        model=network().double(),
+        dataset=TensorDataset(x.double(), y),
+        max_duration="1ep",  # a new epoch draws from the RNG
+        callbacks=[Spy(look)],
+    )
+    run.fit()
+    assert len(batches) == 12
+    model = network().double().module
+    torch.set_rng_state(rng[0])
+    exec(LOOP, {"model": model, "batches": batches})
+    assert_same(copied(model.state_dict()), copied(run.state.model.module.state_dict()))
+    run.close()
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_somewhere(link):
+    assert ROOT.joinpath(link).exists()
