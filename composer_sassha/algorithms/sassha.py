@@ -46,8 +46,9 @@ class Sassha(Algorithm):
     def __repr__(self) -> str:
         sam, curvature = self.sam, self.lazy_hessian.curvature
         return (
-            f"Sassha(rho={sam.perturbation.rho}, interval={sam.interval}, hessian_interval={curvature.interval}, "
-            f"samples={curvature.samples}, seed={curvature.seed}, sync_ascent={sam.sync_ascent})"
+            f"Sassha(rho={sam.perturbation.rho}, interval={sam.interval}, "
+            f"hessian_interval={curvature.interval}, samples={curvature.samples}, seed={curvature.seed}, "
+            f"sync_ascent={sam.sync_ascent})"
         )
 
     def match(self, event: Event, state: State) -> bool:
