@@ -8,7 +8,7 @@ from composer.loggers import Logger
 from composer.utils import ensure_tuple
 from torch import Tensor
 
-from composer_sassha.algorithms import _trainer
+from composer_sassha.algorithms import _checks, _trainer
 from composer_sassha.curvature import LazyCurvature
 
 
@@ -54,22 +54,24 @@ class LazyHessian(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, estimate, or log."""
         if event == Event.INIT:
-            _trainer.check(state)
+            _checks.check(state)
             self._run_last(state)
         elif event == Event.BEFORE_LOAD:
             _trainer.wrapped_optimizer(state).set_curvature(self.curvature)
         elif event == Event.FIT_START:
-            _trainer.check_precision(state)
+            _checks.check_precision(state)
             self._run_last(state)  # loading may have added algorithms
         elif event == Event.BEFORE_BACKWARD:
             state.loss = _with_total(state.loss, self.curvature.attach)
         else:
-            _trainer.log(state, logger, "hessian", ("mean_abs", "negative_fraction", "refreshes"))
+            _trainer.log(
+                state, logger, "hessian", ("mean_abs", "negative_fraction", "refreshes", "skipped_steps")
+            )
 
     def _run_last(self, state: State) -> None:
         # Others change the loss on BEFORE_BACKWARD (MixUp, CutMix); the Hessian is that of the loss that they
         # leave.
-        state.algorithms = sorted(state.algorithms, key=lambda algorithm: self in _trainer.parts([algorithm]))
+        state.algorithms = sorted(state.algorithms, key=lambda algorithm: self in _checks.parts([algorithm]))
 
 
 def _with_total(loss: Any, attach: Any) -> Any:

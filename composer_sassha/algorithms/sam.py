@@ -4,7 +4,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from composer_sassha import _validate
-from composer_sassha.algorithms import _trainer
+from composer_sassha.algorithms import _checks, _trainer
 from composer_sassha.perturbations import SAMPerturbation
 
 
@@ -49,12 +49,12 @@ class SAM(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, or log."""
         if event == Event.INIT:
-            _trainer.check(state)
+            _checks.check(state)
         elif event == Event.BEFORE_LOAD:
             _trainer.wrapped_optimizer(state).set_perturbation(
                 self.perturbation, self.interval, sync_ascent=self.sync_ascent
             )
         elif event == Event.FIT_START:
-            _trainer.check_precision(state)  # fit() may have been given another one
+            _checks.check_precision(state)  # fit() may have been given another one
         else:
             _trainer.log(state, logger, "sharpness", ("rho", "grad_norm", "loss_gap"))

@@ -1,7 +1,8 @@
 """The lazy refresh: a Hessian diagonal every few steps, gathered on the way of an ordinary backward pass."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from composer_sassha import _validate
+from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.hutchinson import hutchinson_diagonal
-from composer_sassha.curvature.probes import unflatten
 
 # (gradients with a graph, parameters, probe keys) -> the diagonal's estimate on one microbatch
 Estimator = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Sequence[int]]], list[Tensor]]
@@ -50,7 +51,7 @@ class LazyCurvature:
         self.interval = _validate.integer("LazyHessian", "interval", interval, low=1)
         self.samples = _validate.integer("LazyHessian", "samples", samples, low=1)
         self.seed = _validate.integer("LazyHessian", "seed", seed, low=0)
-        if estimator not in ESTIMATORS:
+        if estimator not in list(ESTIMATORS):
             raise ValueError(
                 f"LazyHessian: estimator={estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"
             )
@@ -75,21 +76,33 @@ class LazyCurvature:
     def reset(self) -> None:
         """Forget the running estimate."""
         self._params: list[Tensor] = []
+        self._others: list[Tensor] = []
         self._total: Tensor | None = None
+        self._uses: list[int] = []
         self._step = self._attached = self._delivered = 0
 
-    def begin(self, params: Sequence[Tensor], step: int) -> None:
+    def begin(self, params: Sequence[Tensor], step: int, others: Sequence[Tensor] = ()) -> None:
         """Estimate in the coming pass.
 
         Args:
             params: the parameters whose diagonal is wanted.
             step: the number of steps taken; seeds the probes.
+            others: parameters that get a gradient too, but are not the optimizer's.
+
+        Raises:
+            RuntimeError: `params` is empty.
         """
         self.reset()
-        self._params = list(params)
-        self._step = step
-        wide = torch.promote_types(self._params[0].dtype, torch.float32)
-        self._total = torch.zeros(sum(p.numel() for p in params), dtype=wide, device=self._params[0].device)
+        if not params:
+            raise RuntimeError(
+                "the Hessian refresh finds no parameter that requires a gradient; unfreeze some"
+            )
+        self._params, self._others, self._step = list(params), list(others), step
+        self._uses = [0] * len(params)
+        # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
+        # used.
+        size = sum(p.numel() for p in params) + len(params)
+        self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
 
     def attach(self, loss: Tensor) -> Tensor:
         """Return a loss with the same value and gradient whose backward also gathers the estimate.
@@ -97,40 +110,51 @@ class LazyCurvature:
         Outside of a pass that estimates, this is `loss` itself, and no second-order graph is built.
 
         Args:
-            loss: a scalar, of one microbatch.
+            loss: one number, of one microbatch.
         """
         if self._total is None:
             return loss
-        grads = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
-        # Parameters that the loss does not use stay unconnected, as DDP's find_unused_parameters expects.
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        params = [self._params[i] for i in used]
-        used_grads = [grad for grad in grads if grad is not None]
         rank = dist.get_rank() if _distributed() else 0
         keys = [(self.seed, self._step, rank, self._attached, sample) for sample in range(self.samples)]
-        diagonals: list[Tensor] = [torch.zeros_like(p) for p in self._params]
-        if params:
-            for i, diagonal in zip(used, ESTIMATORS[self.estimator](used_grads, params, keys), strict=True):
-                diagonals[i] = diagonal
+        everyone = [*self._params, *self._others]
+        with _without_hooks(everyone):
+            all_grads = torch.autograd.grad(loss, everyone, create_graph=True, allow_unused=True)
+            # Parameters that the loss does not use stay unconnected, as DDP's find_unused_parameters expects.
+            used = [i for i, grad in enumerate(all_grads) if grad is not None]
+            grads = [grad for grad in all_grads if grad is not None]
+            own = [i for i in used if i < len(self._params)]
+            diagonals = (
+                ESTIMATORS[self.estimator](grads[: len(own)], [everyone[i] for i in own], keys) if own else []
+            )
         self._attached += 1
-        estimate = torch.cat([diagonal.flatten().to(self._total) for diagonal in diagonals])
-        plain_grads = [grad.detach() for grad in used_grads]
-        return _Delivery.apply(
-            loss.detach(), lambda weight: self._deliver(weight, plain_grads, estimate), *params
-        )
+        grads = [grad.detach() for grad in grads]
 
-    def _deliver(self, weight: Tensor, grads: list[Tensor], estimate: Tensor) -> list[Tensor]:
-        # Only now is the microbatch's weight known.
+        def deliver(weight: Tensor) -> list[Tensor]:
+            self._add(diagonals, own, weight)  # only now is the microbatch's weight known
+            return list(torch._foreach_mul(grads, weight.reshape(())))
+
+        return _Delivery.apply(loss.detach(), deliver, *[everyone[i] for i in used])
+
+    def _add(self, diagonals: list[Tensor], used: list[int], weight: Tensor) -> None:
         assert self._total is not None
-        self._total.addcmul_(estimate, weight.to(estimate))
         self._delivered += 1
-        return list(torch._foreach_mul(grads, weight))
+        if used:
+            diagonal, _ = self._split(self._total)
+            scaled = torch._foreach_mul(diagonals, weight.reshape(()))
+            torch._foreach_add_([diagonal[i] for i in used], list(scaled))
+        for i in used:
+            self._uses[i] += 1
+
+    def _split(self, total: Tensor) -> tuple[list[Tensor], Tensor]:
+        entries = total.numel() - len(self._params)
+        return unflatten(total[:entries], self._params), total[entries:]
 
     def finish(self) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
         """Average the estimate over the ranks, and end the pass.
 
         Returns:
-            The diagonal by parameter, or None if it is not finite; and what to log about it.
+            The diagonal by parameter, without those that the pass did not use, or None if it is not finite;
+            and what to log about it.
 
         Raises:
             RuntimeError: a loss of this pass did not come by `attach`, or its backward was not called.
@@ -141,16 +165,20 @@ class LazyCurvature:
                 f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
-        self.reset()
+        diagonal, counts = self._split(total)
+        counts.copy_(torch.tensor(self._uses))
         if _distributed():
             dist.all_reduce(total)
             total.div_(dist.get_world_size())
+        self.reset()
+        entries = total[: -len(params)]
         # One read-out: the mean tells whether all entries are finite.
-        mean_abs, negative = torch.stack([total.abs().mean(), (total < 0).to(total.dtype).mean()]).tolist()
+        summary = torch.stack([entries.abs().mean(), (entries < 0).to(entries.dtype).mean()])
+        mean_abs, negative, *used = torch.cat([summary, counts]).tolist()
         if not math.isfinite(mean_abs):
             return None, {}
-        diagonal = dict(zip(params, unflatten(total, params), strict=True))
-        return diagonal, {"mean_abs": mean_abs, "negative_fraction": negative}
+        measured = {p: h for p, h, count in zip(params, diagonal, used, strict=True) if count > 0}
+        return measured, {"mean_abs": mean_abs, "negative_fraction": negative}
 
 
 class _Delivery(torch.autograd.Function):
@@ -171,6 +199,19 @@ class _Delivery(torch.autograd.Function):
         if deliver is None:
             raise RuntimeError("the loss of a refresh pass can be differentiated once")
         return None, None, *deliver(weight)
+
+
+@contextlib.contextmanager
+def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the tensors' own hooks from running: they will, once, when the gradient is delivered."""
+    hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
+    try:
+        for p, _ in hooks:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hook in hooks:
+            p._backward_hooks = hook
 
 
 def _distributed() -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from composer_sassha._tensors import unflatten
+
 
 def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     """Draw +1 or -1 with equal probability for every entry, all tensors in one draw.
@@ -26,9 +28,3 @@ def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
         2, (sum(t.numel() for t in like),), generator=generator, device=device, dtype=torch.int8
     )
     return [signs.to(t) for signs, t in zip(unflatten(bits.mul_(2).sub_(1), like), like, strict=True)]
-
-
-def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """View a flat tensor as tensors of the shapes of `like`."""
-    pieces = flat.split([t.numel() for t in like])
-    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]

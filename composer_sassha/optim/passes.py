@@ -1,13 +1,16 @@
 """What surrounds a pass: the closure's call, and the state that a pass changes besides the gradients."""
 
+import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from composer_sassha._tensors import copy_of
 
 Closure = Callable[..., Any]
 
@@ -30,8 +33,16 @@ class PassRunner:
             closure: computes the loss and its gradients.
             sync: average the gradients over the ranks.
             hidden: leave no trace in metrics and logs.
+
+        Raises:
+            RuntimeError: the closure is a Composer Trainer's, which this runner does not serve.
         """
         del hidden  # a plain loop logs the loss that `step` returns, and that is the first pass's
+        if "loss_dict" in inspect.signature(closure).parameters:
+            raise RuntimeError(
+                "in a Composer Trainer the passes need an algorithm: add composer_sassha.SAM() or Sassha() "
+                "to its algorithms, and give it the plain optimizer"
+            )
         if isinstance(self.model, DistributedDataParallel) and not sync:
             with self.model.no_sync():
                 return closure()
@@ -58,15 +69,15 @@ class Snapshot:
         self._numpy = np.random.get_state()  # noqa: NPY002 - data augmentations use the global generator
         self._torch = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
-        # A module may write into a buffer or put another tensor in its place: remember the tensor and its
-        # values.
+        # A module may put another tensor in a buffer's place, or write into it: remember tensor and values.
         self._buffers = [
             (module, name, buffer)
             for module in (model.modules() if model is not None else ())
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._values = copy_of([buffer for _, _, buffer in self._buffers])
+        self._writable = [buffer for _, _, buffer in self._buffers if _is_writable(buffer)]
+        self._values = copy_of(self._writable)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -77,15 +88,14 @@ class Snapshot:
             torch.cuda.set_rng_state(state, device)
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
-        if self._buffers:
+        if self._writable:
             with torch.no_grad():
-                torch._foreach_copy_([buffer for _, _, buffer in self._buffers], self._values)
+                torch._foreach_copy_(self._writable, self._values)
 
 
-def copy_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Clone a list of tensors in one call."""
-    copies = [torch.empty_like(t) for t in tensors]
-    if copies:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, list(tensors))
-    return copies
+def _is_writable(buffer: Tensor) -> bool:
+    """Neither made in inference mode nor expanded: nobody can write into those in place."""
+    expanded = any(
+        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+    )
+    return not (buffer.is_inference() or expanded)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
+from composer_sassha._tensors import as_dtype
 
 
 class SASSHA(Optimizer):
@@ -122,7 +123,7 @@ class SASSHA(Optimizer):
             # Saving and loading a checkpoint step a fresh optimizer with zero gradients, only to have its
             # state made.
             return loss
-        if grads and learning and not any(self.state[p]["hessian_step"] for p in grads):
+        if grads and learning and not any(state["hessian_step"] for state in self.state.values()):
             raise RuntimeError(
                 "SASSHA: no Hessian estimate has arrived before this step; add composer_sassha.Sassha() or "
                 "LazyHessian() to the Trainer's algorithms, or call update_curvature() before step()"
@@ -131,11 +132,13 @@ class SASSHA(Optimizer):
             buckets = defaultdict(list)  # foreach kernels want one device and one dtype
             for p in group["params"]:
                 if p in grads:
-                    self.state[p]["step"] += 1
                     buckets[p.device, p.dtype].append(p)
             update = _update_foreach if group["foreach"] else _update_each
             for params in buckets.values():
-                update(params, [grads[p] for p in params], [self.state[p] for p in params], group)
+                states = [self.state[p] for p in params]
+                update(params, [grads[p] for p in params], states, group)
+                for state in states:
+                    state["step"] += 1
         return loss
 
     @torch.no_grad()
@@ -204,49 +207,45 @@ def _update_each(params: list[Tensor], grads: list[Tensor], states: list[dict], 
         denominator = state["exp_hessian"] / (1 - beta2 ** state["hessian_step"])
         denominator = denominator.sqrt_() if power == 0.5 else denominator.pow_(power)
         denominator.add_(group["eps"])
-        weights = p if p.dtype == denominator.dtype else p.to(denominator)
+        weights = p.to(denominator.dtype)
         if group["weight_decay"]:
             weights.mul_(1 - lr * group["weight_decay"])
-        weights.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** state["step"]))
+        weights.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1 ** (state["step"] + 1)))
         if weights is not p:
             p.copy_(weights)
 
 
 def _update_foreach(params: list[Tensor], grads: list[Tensor], states: list[dict], group: dict) -> None:
-    """The rule over tensors of one device and dtype, one call per operation."""
+    """The rule over tensors of one device and dtype, one call per operation.
+
+    All that needs memory comes first: when there is none, nothing has changed yet.
+    """
     lr, (beta1, beta2), power = group["lr"], group["betas"], group["hessian_power"]
     averages = [state["exp_avg"] for state in states]
-    torch._foreach_lerp_(averages, _as_dtype(grads, averages[0].dtype), 1 - beta1)
-
     ready = [i for i, state in enumerate(states) if state["hessian_step"]]
+    grads = as_dtype(grads, averages[0].dtype)
+    if ready:
+        params, ready_states = [params[i] for i in ready], [states[i] for i in ready]
+        denominators = torch._foreach_div(
+            [state["exp_hessian"] for state in ready_states],
+            [1 - beta2 ** state["hessian_step"] for state in ready_states],
+        )
+        weights = as_dtype(params, averages[0].dtype)
+
+    torch._foreach_lerp_(averages, grads, 1 - beta1)
     if not ready:
         return
-    params, averages = [params[i] for i in ready], [averages[i] for i in ready]
-    states = [states[i] for i in ready]
-    denominators = torch._foreach_div(
-        [state["exp_hessian"] for state in states], [1 - beta2 ** state["hessian_step"] for state in states]
-    )
     if power == 0.5:
         torch._foreach_sqrt_(denominators)
     else:
         torch._foreach_pow_(denominators, power)
     torch._foreach_add_(denominators, group["eps"])
-    weights = _as_dtype(params, denominators[0].dtype)
     if group["weight_decay"]:
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-    torch._foreach_addcdiv_(
-        weights, averages, denominators, [-lr / (1 - beta1 ** state["step"]) for state in states]
-    )
+    rates = [-lr / (1 - beta1 ** (state["step"] + 1)) for state in ready_states]
+    torch._foreach_addcdiv_(weights, [averages[i] for i in ready], denominators, rates)
     if weights is not params:
         torch._foreach_copy_(params, weights)
-
-
-def _as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    if tensors[0].dtype == dtype:
-        return tensors
-    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(copies, tensors)
-    return copies
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
@@ -254,6 +253,8 @@ def _state_dtype(p: Tensor) -> torch.dtype:
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    if not isinstance(group["foreach"], bool):
+        raise TypeError(f"SASSHA: foreach={group['foreach']!r} is not allowed; it must be True or False")
     _validate.number("SASSHA", "lr", group["lr"], low=0)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -1,23 +1,30 @@
 """The wrapper that runs the passes of a step around any optimizer."""
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
+from composer_sassha._tensors import copy_of
 from composer_sassha.curvature import LazyCurvature
-from composer_sassha.optim.passes import Closure, PassRunner, Snapshot, copy_of
+from composer_sassha.optim.passes import Closure, PassRunner, Snapshot
 from composer_sassha.perturbations import Perturbation
 
 # Kept in every parameter group, so that they are saved and loaded with the optimizer: steps taken, the step
 # of the last successful Hessian refresh (-1: none), and the number of refreshes.
 COUNTERS = {"steps_taken": 0, "last_refresh": -1, "refreshes": 0}
+
+# So many refreshes in a row may fail before there has been any: each skips its step, so that nothing is
+# trained.
+FAILURES_ALLOWED = 10
 
 
 class SharpnessAwareOptimizer(Optimizer):
@@ -31,13 +38,12 @@ class SharpnessAwareOptimizer(Optimizer):
 
     An ascent is due when `steps_taken % interval == 0`. A closure that returns None (its gradient overflowed)
     skips the step, which then changes nothing and does not count. So does a Hessian that is not finite before
-    there is any estimate; later, the step goes on with the old one and the refresh is tried again. On an
-    exception in any pass, the weights, buffers and RNG states are those from before the step. The descent
-    pass of a perturbed step draws the same random numbers as the ascent, and leaves no trace in BatchNorm's
-    statistics.
+    there is any estimate; later, the step goes on with the old one and the refresh is tried again. After an
+    exception in a pass, weights, buffers and RNG states are those from before the step. The descent draws the
+    same random numbers as the ascent, and leaves no trace in BatchNorm's statistics.
 
-    Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name:
-    a checkpoint of the one continues under the other. Hooks are shared too and run once per update.
+    Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name: a
+    checkpoint of the one continues under the other. Hooks are shared too and run once per update.
 
     Args:
         base_optimizer: what updates the weights.
@@ -94,6 +100,7 @@ class SharpnessAwareOptimizer(Optimizer):
             str, Any
         ] = {}  # of the latest step: what the perturbation and the refresh have to say
         self.skipped_steps = 0
+        self._failures = 0  # refreshes in a row that were not finite
         self._fill_counters()
 
     def set_perturbation(
@@ -111,6 +118,11 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose when and how the Hessian diagonal is estimated; see the class."""
+        if curvature is not None and not isinstance(curvature, LazyCurvature):
+            raise TypeError(
+                f"SharpnessAwareOptimizer: curvature={curvature!r} is not allowed; take a "
+                "composer_sassha.curvature.LazyCurvature"
+            )
         if curvature is not None and not hasattr(self.base_optimizer, "update_curvature"):
             raise ValueError(
                 f"{type(self.base_optimizer).__name__} takes no curvature; a lazy Hessian refresh needs an "
@@ -129,10 +141,8 @@ class SharpnessAwareOptimizer(Optimizer):
         return getattr(self.base_optimizer, name)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        rebuild = functools.partial(
-            SharpnessAwareOptimizer, curvature=self.curvature, model=self.model, sync_ascent=self.sync_ascent
-        )
-        return rebuild, (self.base_optimizer, self.perturbation, self.interval)
+        how = (self.perturbation, self.interval, self.curvature, self.model, self.sync_ascent)
+        return _rebuild, (self.base_optimizer, *how, self.skipped_steps)
 
     def __repr__(self) -> str:
         how = f"{self.perturbation!r}, interval={self.interval}"
@@ -182,7 +192,8 @@ class SharpnessAwareOptimizer(Optimizer):
         self.runner.begin()
         before = self._snapshot()
         try:
-            loss = self._run_passes(closure, before)
+            with self._twice_differentiable() if self.refresh_due() else contextlib.nullcontext():
+                loss = self._run_passes(closure, before)
             curved = loss is not None and self._update_curvature()
             if curved:
                 self.base_optimizer.step()
@@ -196,6 +207,7 @@ class SharpnessAwareOptimizer(Optimizer):
         if not curved:
             before.restore()
             self.skipped_steps += 1
+            self.metrics["skipped_steps"] = self.skipped_steps
             if loss is None and self.skipped_steps == 1:
                 warnings.warn(
                     "the closure returned None, which means that the gradient overflowed: the step is "
@@ -238,22 +250,25 @@ class SharpnessAwareOptimizer(Optimizer):
         """Leave the last pass's gradients in place, and the weights at w. Return the loss at w."""
         if not self.ascent_due():
             self._prepare_refresh()
-            return self.runner.run(closure)
+            return _checked(self.runner.run(closure))
 
-        loss = self.runner.run(closure, sync=self.sync_ascent)
+        loss = _checked(self.runner.run(closure, sync=self.sync_ascent))
         if loss is None:
             return None
         after = self._snapshot()
         before.restore()  # the descent is to see the same function: dropout masks, augmentations, buffers
         params = [p for p in self._params() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("sparse gradients cannot perturb; build the embedding with sparse=False")
         weights = copy_of(params)
         try:
             assert self.perturbation is not None
-            self.metrics.update(
-                self.perturbation.displace(params, [p.grad for p in params if p.grad is not None])
-            )
+            self.metrics.update(self.perturbation.displace(params, grads))
+            del grads
+            self.zero_grad()  # the closure does too, or should; and the descent wants their memory
             self._prepare_refresh()
-            perturbed_loss = self.runner.run(closure, hidden=True)
+            perturbed_loss = _checked(self.runner.run(closure, hidden=True))
         finally:
             if params:
                 torch._foreach_copy_(params, weights)  # by copy: (w + e) - e is not w in floating point
@@ -265,7 +280,14 @@ class SharpnessAwareOptimizer(Optimizer):
 
     def _prepare_refresh(self) -> None:
         if self.curvature is not None and self.refresh_due():
-            self.curvature.begin([p for p in self._params() if p.requires_grad], self.steps_taken)
+            params = [p for p in self._params() if p.requires_grad]
+            mine = set(params)
+            others = (
+                [p for p in self.model.parameters() if p.requires_grad and p not in mine]
+                if self.model
+                else []
+            )
+            self.curvature.begin(params, self.steps_taken, others)
 
     def _update_curvature(self) -> bool:
         """Hand a refreshed diagonal to the base optimizer. Return False if it has none to step with."""
@@ -274,15 +296,30 @@ class SharpnessAwareOptimizer(Optimizer):
         refreshes = self.param_groups[0]["refreshes"]
         diagonal, metrics = self.curvature.finish()
         if diagonal is None:
+            self._failures += 1
+            if not refreshes and self._failures >= FAILURES_ALLOWED:
+                raise RuntimeError(
+                    f"the Hessian estimate was not finite on the first {self._failures} steps: nothing can "
+                    "be trained; look for a loss that is not finite, or for an infinite second derivative "
+                    "(the root or the norm of 0)"
+                )
             warnings.warn(
                 "the Hessian estimate is not finite; the refresh is tried again on the next step",
                 stacklevel=3,
             )
             return refreshes > 0
+        self._failures = 0
         self.base_optimizer.update_curvature(diagonal)  # type: ignore[attr-defined]
         self._count(last_refresh=self.steps_taken, refreshes=refreshes + 1)
         self.metrics.update(metrics, refreshes=refreshes + 1)
         return True
+
+    @contextlib.contextmanager
+    def _twice_differentiable(self) -> Iterator[None]:
+        # Fused attention and compiled code have no second derivative. Both passes of the step run so: in
+        # another mode dropout would draw another mask.
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _params(self) -> Iterable[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -312,6 +349,30 @@ def _class_named_after(base: type[Optimizer]) -> type[SharpnessAwareOptimizer]:
         base.__name__,
         (SharpnessAwareOptimizer,),
         {"__qualname__": base.__qualname__, "__doc__": base.__doc__},
+    )
+
+
+def _rebuild(
+    base_optimizer: Optimizer,
+    perturbation: Perturbation | None,
+    interval: int,
+    curvature: LazyCurvature | None,
+    model: nn.Module | None,
+    sync_ascent: bool,
+    skipped_steps: int,
+) -> SharpnessAwareOptimizer:
+    optimizer = SharpnessAwareOptimizer(
+        base_optimizer, perturbation, interval, curvature=curvature, model=model, sync_ascent=sync_ascent
+    )
+    optimizer.skipped_steps = skipped_steps
+    return optimizer
+
+
+def _checked(loss: Any) -> Any:
+    if loss is None or isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
+        return loss
+    raise TypeError(
+        f"the closure returned a {type(loss).__name__}; it must return its loss: one number, or None"
     )
 
 

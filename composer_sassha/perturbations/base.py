@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
@@ -25,17 +24,3 @@ class Perturbation(Protocol):
             What to log about the displacement, by name.
         """
         ...
-
-
-def global_norm(tensors: Sequence[Tensor]) -> float:
-    """Return the Euclidean norm over all tensors together, accumulated in at least float32.
-
-    Example:
-        >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
-        5.0
-    """
-    if not tensors:
-        return 0.0
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch._foreach_norm(list(tensors), 2, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).item()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from composer_sassha import _validate
-from composer_sassha.perturbations.base import global_norm
+from composer_sassha._tensors import global_norm
 
 
 @dataclass

@@ -48,6 +48,13 @@ def test_sassha_with_no_algorithm_fails_at_its_first_step():
     run.close()
 
 
+def test_a_wrapped_optimizer_with_no_algorithm_says_what_to_do():
+    run = trainer(lambda params: SharpnessAwareOptimizer(sgd(params), SAMPerturbation()))
+    with pytest.raises(RuntimeError, match=r"add composer_sassha.SAM\(\) or Sassha\(\)"):
+        run.fit()
+    run.close()
+
+
 def test_sharded_training_is_refused():
     with pytest.raises(ValueError, match="sharded"):
         trainer(sgd, [SAM()], parallelism_config={"fsdp": FSDP2Config()})

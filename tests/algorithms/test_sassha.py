@@ -211,3 +211,19 @@ def test_runs_after_algorithms_that_change_the_loss(interpolate_loss):
     assert isinstance(run.state.algorithms[-1], Sassha)
     assert run.state.optimizers[0].param_groups[0]["refreshes"] == 1
     run.close()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_trains_a_model_that_the_trainer_compiles(backend):
+    torch._dynamo.reset()
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.05),
+        [Sassha(rho=0.1, hessian_interval=2)],
+        model=network().double(),
+        dataset=dataset(),
+        max_duration="4ba",
+        compile_config={"backend": backend},
+    )
+    run.fit()
+    assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
+    run.close()

@@ -36,14 +36,63 @@ def test_the_stand_in_has_the_same_value_and_gradient_and_no_other_pass_builds_a
     assert not curvature.active
 
 
-def test_unused_parameters_stay_unconnected_and_get_zero_curvature():
-    w, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+def test_unused_parameters_stay_unconnected_and_are_not_measured():
+    # A zero would say that the loss is flat there, and the step divided by eps.
+    w, unused, sometimes = (nn.Parameter(torch.ones(n)) for n in (2, 3, 1))
     curvature = LazyCurvature()
-    curvature.begin([w, unused], step=0)
-    curvature.attach((w**2).sum()).backward()
+    curvature.begin([w, unused, sometimes], step=0)
+    curvature.attach((w**2).sum()).mul(0.5).backward()
+    curvature.attach((w**2).sum() + (sometimes**3).sum()).mul(0.5).backward()
     assert unused.grad is None
     diagonal, _ = curvature.finish()
-    assert diagonal[unused].tolist() == [0, 0, 0] and diagonal[w].tolist() == [2, 2]
+    assert {*diagonal} == {w, sometimes}
+    assert diagonal[w].tolist() == [2, 2] and diagonal[sometimes].tolist() == [3]
+
+
+def test_parameters_of_others_get_their_gradient_but_no_estimate():
+    w, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    curvature = LazyCurvature()
+    curvature.begin([w], step=0, others=[other])
+    curvature.attach((w * other**2).sum()).backward()
+    assert w.grad.tolist() == [1, 1] and other.grad.tolist() == [2, 2]
+    assert {*curvature.finish()[0]} == {w}
+
+
+def test_hooks_of_a_parameter_run_once_and_only_on_its_gradient():
+    w = nn.Parameter(torch.tensor([2.0]))
+    seen = []
+    handle = w.register_hook(lambda grad: seen.append(grad.item()) or grad * 0.5)
+    curvature = LazyCurvature()
+    curvature.begin([w], step=0)
+    curvature.attach((w**3).sum()).backward()
+    assert seen == [12.0] and w.grad.item() == 6.0
+    assert curvature.finish()[0][w].item() == 12.0
+    handle.remove()
+    (w**2).sum().backward()
+    assert seen == [12.0]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_loss_of_one_number_may_have_any_shape(shape):
+    w = nn.Parameter(torch.tensor([2.0]))
+    curvature = LazyCurvature()
+    curvature.begin([w], step=0)
+    curvature.attach((w**3).reshape(shape)).backward()
+    assert w.grad.item() == 12.0 and curvature.finish()[0][w].item() == 12.0
+
+
+def test_mixed_dtypes_are_gathered_in_the_widest():
+    narrow, wide = nn.Parameter(torch.ones(1).bfloat16()), nn.Parameter(torch.full((1,), 1 / 3).double())
+    curvature = LazyCurvature()
+    curvature.begin([narrow, wide], step=0)
+    curvature.attach((narrow.double() ** 3).sum() + (wide**3).sum()).backward()
+    diagonal, _ = curvature.finish()
+    assert diagonal[wide].dtype == torch.float64 and diagonal[wide].item() == 6 * wide.item()
+
+
+def test_without_a_trainable_parameter_it_says_so():
+    with pytest.raises(RuntimeError, match="no parameter that requires a gradient"):
+        LazyCurvature().begin([], step=0)
 
 
 def test_nothing_of_the_second_order_graph_outlives_backward():
@@ -78,7 +127,14 @@ def test_an_estimate_that_is_not_finite_is_reported_as_none():
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("interval", 0), ("interval", 2.5), ("samples", 0), ("seed", -1), ("estimator", "hutchison")],
+    [
+        ("interval", 0),
+        ("interval", 2.5),
+        ("samples", 0),
+        ("seed", -1),
+        ("estimator", "hutchison"),
+        ("estimator", ["x"]),
+    ],
 )
 def test_bad_arguments_are_refused_by_name(argument, value):
     with pytest.raises((ValueError, TypeError), match=f"LazyHessian: {argument}="):

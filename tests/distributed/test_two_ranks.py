@@ -12,6 +12,7 @@ from tests.methods import METHODS
 CHECKS = [
     *[f"{check}[{method}]" for method in METHODS for check in ("replicas", "resumes")],
     *[f"{check}[{microbatch}]" for microbatch in (10, 3) for check in ("separable", "one_process_agrees")],
+    "optimizer_of_the_head_alone",
 ]
 
 

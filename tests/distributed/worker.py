@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from composer_sassha import SASSHA, Sassha
 from composer_sassha.curvature import rademacher
 from tests.algorithms.test_sassha import Separable, scalars
-from tests.helpers import assert_same, copied, everything, images, method_trainer, trainer
+from tests.helpers import assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import METHODS, Method
 
 
@@ -137,6 +137,24 @@ def one_process_agrees(microbatch: int) -> None:
     run.close()
 
 
+def optimizer_of_the_head_alone() -> None:
+    """The rest of the model is trainable but not the optimizer's: DDP waits for its gradients too."""
+    model = network()
+    run = trainer(
+        lambda _: SASSHA(model.module[5].parameters(), lr=0.05),
+        [Sassha(rho=0.1, hessian_interval=2)],
+        model=model,
+        dataset=images(80),
+        max_duration="4ba",
+    )
+    run.fit()
+    mine = copied([*model.module.parameters()])
+    for other in dist.all_gather_object(mine):
+        assert_same(mine, other)
+    assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
+    run.close()
+
+
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     dist.initialize_dist("cpu")
@@ -149,6 +167,7 @@ def main(out: Path) -> None:
     for microbatch in (10, 3):
         checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
         checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)
+    checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
     for name, check in checks.items():
         double = name.startswith(("separable", "one_process"))
         torch.set_default_dtype(torch.float64 if double else torch.float32)

@@ -171,6 +171,7 @@ def test_a_step_before_any_estimate_says_what_to_add_and_changes_nothing():
         ("weight_decay", -1),
         ("hessian_power", 1.5),
         ("hessian_power", -0.5),
+        ("foreach", None),
     ],
 )
 def test_bad_hyperparameters_are_refused_by_name(argument, value):
@@ -219,3 +220,18 @@ def test_closure_add_param_group_copy_and_hooks():
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.5})
     assert optimizer.param_groups[1]["lr"] == 0.5 and optimizer.param_groups[1]["eps"] == 1e-4
     assert copy.deepcopy(optimizer).param_groups[0]["lr"] == 0.15
+
+
+def test_an_update_that_runs_out_of_memory_has_changed_nothing(monkeypatch):
+    params = parameters()
+    optimizer = SASSHA(params)
+    feed(optimizer, params, 0, refresh=True)
+    before = copied([[p.detach() for p in params], optimizer.state_dict()["state"]])
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "_foreach_div", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        feed(optimizer, params, 1, refresh=False)
+    assert_same(before, copied([[p.detach() for p in params], optimizer.state_dict()["state"]]))

@@ -392,3 +392,157 @@ def test_the_second_pass_of_data_parallel_replicas_is_the_only_synchronized_one(
         )
         train(model, optimizer, 2)
         assert model.unsynced == expected
+
+
+def test_branches_that_take_turns_are_measured_before_they_move():
+    class TakingTurns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+            self.turn = 0
+
+        def forward(self, x):
+            return self.branches[self.turn](x)
+
+    model = TakingTurns()
+    start = copied(model.state_dict())
+    optimizer = SharpnessAwareOptimizer(
+        SASSHA(model.parameters(), lr=0.1),
+        SAMPerturbation(0.1),
+        curvature=LazyCurvature(interval=3),
+        model=model,
+    )
+    x, y = torch.randn(8, 2), torch.randn(8, 1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.backward(loss)
+        return loss
+
+    for step in range(4):  # the first refresh sees branch 0, the second branch 1
+        model.turn = step % 2
+        optimizer.step(closure)
+        if step == 2:
+            assert_same(start["branches.1.weight"], copied(model.state_dict())["branches.1.weight"])
+    for p in model.parameters():
+        assert p.abs().max() < 2 and optimizer.state[p]["hessian_step"] > 0
+
+
+def test_buffers_that_nobody_can_write_into_are_left_alone():
+    model = net()
+    model.register_buffer("expanded", torch.zeros(1).expand(5))
+    with torch.inference_mode():
+        model.register_buffer("inference", torch.ones(3))
+    optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(), model=model)
+    train(model, optimizer, 2)
+    assert model.expanded.shape == (5,) and optimizer.steps_taken == 2
+
+
+def test_a_model_and_its_optimizer_are_copied_together():
+    model = net()
+    optimizer = SharpnessAwareOptimizer(
+        SASSHA(model.parameters()), SAMPerturbation(), curvature=LazyCurvature(), model=model
+    )
+    other_model, other = copy.deepcopy((model, optimizer))
+    assert other.model is other_model and other.curvature is not optimizer.curvature
+    assert other.param_groups[0]["params"][0] is next(other_model.parameters())
+
+
+def test_a_hessian_that_is_never_finite_ends_the_training():
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = SharpnessAwareOptimizer(SASSHA([w]), curvature=LazyCurvature())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w.abs() ** 1.5).sum()
+        optimizer.backward(loss)
+        return loss
+
+    with pytest.warns(UserWarning, match="not finite"):
+        for _ in range(9):
+            assert optimizer.step(closure) is None
+    assert optimizer.metrics == {"skipped_steps": 9}
+    with pytest.raises(RuntimeError, match="infinite second derivative"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("loss", [{"loss": 1.0}, (1.0, 2.0), torch.ones(3)])
+def test_a_closure_must_return_one_number(loss):
+    model = net()
+    optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation())
+    with pytest.raises(TypeError, match="must return its loss"):
+        optimizer.step(lambda: loss)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(embedding.parameters(), lr=0.1), SAMPerturbation())
+
+    def closure():
+        loss = embedding(torch.tensor([1])).sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step(closure)
+
+
+def test_what_is_not_a_curvature_is_refused():
+    with pytest.raises(TypeError, match=r"curvature=10 .*LazyCurvature"):
+        SharpnessAwareOptimizer(SASSHA(net().parameters()), curvature=10)  # type: ignore[arg-type]
+
+
+def test_the_descent_does_not_add_up_on_the_ascent():
+    w = nn.Parameter(torch.tensor([1.0]))
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD([w], lr=0.1), SAMPerturbation(0.5))
+
+    def closure():  # forgets zero_grad
+        loss = (w**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.item() == pytest.approx(1 - 0.1 * 2 * 1.5)
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.view(-1, 1, 4, 1).expand(-1, 2, 4, 8)).chunk(3, dim=-1)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0).mean(dim=(1, 2)))
+
+
+def test_refresh_passes_find_a_second_derivative_of_attention():
+    model = Attention()
+    optimizer = SharpnessAwareOptimizer(
+        SASSHA(model.parameters(), lr=0.01), SAMPerturbation(), curvature=LazyCurvature(2), model=model
+    )
+    train(model, optimizer, 4, backward=optimizer.backward)
+    assert optimizer.param_groups[0]["refreshes"] == 2
+
+
+def test_refresh_passes_of_a_compiled_model_run_eagerly_and_the_others_compiled():
+    torch._dynamo.reset()
+    counts = {"compiled": 0}
+
+    def backend(graph, inputs):
+        def run(*args):
+            counts["compiled"] += 1
+            return graph(*args)
+
+        return run
+
+    model = net()
+    compiled = torch.compile(model, backend=backend)
+    optimizer = SharpnessAwareOptimizer(
+        SASSHA(model.parameters(), lr=0.01), SAMPerturbation(), curvature=LazyCurvature(2), model=model
+    )
+    train(compiled, optimizer, 4, backward=optimizer.backward)
+    assert optimizer.param_groups[0]["refreshes"] == 2
+    assert counts["compiled"] == 4  # two passes of two steps that do not refresh

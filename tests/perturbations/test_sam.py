@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from composer_sassha._tensors import global_norm
 from composer_sassha.perturbations import SAMPerturbation
-from composer_sassha.perturbations.base import global_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -25,6 +25,13 @@ def test_displaces_by_rho_along_the_gradient_of_all_parameters_together(dtype):
 def test_norms_of_half_precision_gradients_do_not_overflow():
     assert global_norm([torch.full((10_000,), 3e4, dtype=torch.float16)]) == pytest.approx(3e6, rel=1e-5)
     assert global_norm([]) == 0.0
+
+
+def test_mixed_dtypes():
+    params = [torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.bfloat16)]
+    grads = [torch.full_like(p, value) for p, value in zip(params, (2.0, 3.0, 6.0), strict=True)]
+    SAMPerturbation(7.0).displace(params, grads)
+    assert [p.item() for p in params] == pytest.approx([2.0, 3.0, 6.0], rel=1e-6)
 
 
 def test_a_zero_gradient_displaces_by_nothing():

@@ -1,0 +1,49 @@
+"""Operations on lists of tensors, in as few kernels as there are."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def copy_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Clone every tensor."""
+    copies = [torch.empty_like(t) for t in tensors]
+    if copies:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Convert tensors of one dtype; the list itself if there is nothing to convert."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    converted = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(converted, tensors)
+    return converted
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """View a flat tensor as tensors of the shapes of `like`."""
+    pieces = flat.split([t.numel() for t in like])
+    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+
+
+def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype to accumulate in: the widest among the tensors, and at least float32."""
+    return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> float:
+    """Return the Euclidean norm over all tensors together, accumulated in at least float32.
+
+    Example:
+        >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        5.0
+    """
+    if not tensors:
+        return 0.0
+    norms = torch._foreach_norm(list(tensors), 2, dtype=wide_dtype(tensors))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).item()
