@@ -42,8 +42,8 @@ class SharpnessAwareOptimizer(Optimizer):
     exception in a pass, weights, buffers and RNG states are those from before the step. The descent draws the
     same random numbers as the ascent, and leaves no trace in BatchNorm's statistics.
 
-    Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name: a
-    checkpoint of the one continues under the other. Hooks are shared too and run once per update.
+    Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name:
+    a checkpoint of the one continues under the other. Hooks are shared too and run once per update.
 
     Args:
         base_optimizer: what updates the weights.
