@@ -86,9 +86,11 @@ class Failure:
             raise Injected
 
     def install(self, model):
+        if isinstance(self.place, Event):
+            return
         if self.place == "forward":
             model.module[4].register_forward_hook(self)
-        elif self.place == "backward":
+        else:
             model.module[0].weight.register_hook(self)
 
 
