@@ -96,9 +96,8 @@ class SharpnessAwareOptimizer(Optimizer):
         self.set_curvature(curvature)
         self.model = model
         self.runner = PassRunner(model)
-        self.metrics: dict[
-            str, Any
-        ] = {}  # of the latest step: what the perturbation and the refresh have to say
+        # What the perturbation and the refresh have to say about the latest step.
+        self.metrics: dict[str, Any] = {}
         self.skipped_steps = 0
         self._failures = 0  # refreshes in a row that were not finite
         self._fill_counters()
@@ -281,12 +280,8 @@ class SharpnessAwareOptimizer(Optimizer):
     def _prepare_refresh(self) -> None:
         if self.curvature is not None and self.refresh_due():
             params = [p for p in self._params() if p.requires_grad]
-            mine = set(params)
-            others = (
-                [p for p in self.model.parameters() if p.requires_grad and p not in mine]
-                if self.model
-                else []
-            )
+            mine, every = set(params), self.model.parameters() if self.model is not None else ()
+            others = [p for p in every if p.requires_grad and p not in mine]
             self.curvature.begin(params, self.steps_taken, others)
 
     def _update_curvature(self) -> bool:
