@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import yaml
-from composer import Algorithm, Callback, Evaluator, Trainer
+from composer import Algorithm, Callback, Evaluator, Logger, State, Trainer
 from composer.callbacks import LRMonitor
 from composer.devices import DeviceCPU
 from composer.models import ComposerModel
@@ -127,6 +127,21 @@ def _on_rank_zero(question: Any) -> Any:
     return answer[0]
 
 
+class RankZeroBuffers(Callback):
+    """Evaluates with rank 0's buffers on every rank.
+
+    Between two steps each rank has BatchNorm statistics of its own, and a checkpoint keeps rank 0's alone:
+    without this, an evaluation right after resuming would come out slightly different.
+    """
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """Broadcast the buffers."""
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer, src=0)
+
+    eval_standalone_start = eval_before_all
+
+
 def _earlier_results(recipe: Recipe) -> dict[str, Any] | None:
     """The results in the run folder if it holds this run, finished; refuses a folder with anything else."""
     config, results = recipe.folder / "config.yaml", recipe.folder / "results.json"
@@ -199,7 +214,7 @@ def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Cal
         optimizers=parts.optimizer,
         schedulers=parts.scheduler,
         algorithms=parts.algorithms,
-        callbacks=[LRMonitor(), *callbacks],
+        callbacks=[LRMonitor(), RankZeroBuffers(), *callbacks],
         loggers=log,
         max_duration=recipe.max_duration,
         eval_interval=recipe.eval_interval,

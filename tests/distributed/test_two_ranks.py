@@ -13,6 +13,7 @@ CHECKS = [
     *[f"{check}[{method}]" for method in METHODS for check in ("replicas", "resumes")],
     *[f"{check}[{microbatch}]" for microbatch in (10, 3) for check in ("separable", "one_process_agrees")],
     "optimizer_of_the_head_alone",
+    "evaluates_with_the_buffers_of_rank_zero",
 ]
 
 

@@ -7,15 +7,17 @@ import warnings
 from pathlib import Path
 
 import torch
+from composer.core import Event
 from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sassha import SASSHA, Sassha
 from composer_sassha.curvature import rademacher
+from composer_sassha.recipes.run import RankZeroBuffers
 from tests.algorithms.test_sassha import Separable, scalars
-from tests.helpers import assert_same, copied, everything, images, method_trainer, network, trainer
+from tests.helpers import Spy, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import METHODS, Method
 
 
@@ -155,6 +157,30 @@ def optimizer_of_the_head_alone() -> None:
     run.close()
 
 
+def evaluates_with_the_buffers_of_rank_zero() -> None:
+    seen = {}
+
+    def look(event, state, passes):
+        if event in (Event.EVAL_BEFORE_ALL, Event.EVAL_START):
+            seen[event] = dist.all_gather_object(copied(dict(state.model.named_buffers())))
+
+    run = trainer(
+        METHODS[0].optimizer,
+        METHODS[0].algorithms(),
+        dataset=images(80),
+        max_duration="1ep",
+        eval_dataloader=DataLoader(images(20), batch_size=10, sampler=dist.get_sampler(images(20))),
+        callbacks=[Spy(look), RankZeroBuffers()],
+    )
+    run.fit()
+    before, during = seen[Event.EVAL_BEFORE_ALL], seen[Event.EVAL_START]
+    name = "module.module.1.running_mean"
+    assert not torch.equal(before[0][name], before[1][name]), "each rank has statistics of its own"
+    assert_same(before[0], during[0])
+    assert_same(before[0], during[1])
+    run.close()
+
+
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     dist.initialize_dist("cpu")
@@ -168,6 +194,7 @@ def main(out: Path) -> None:
         checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
         checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)
     checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
+    checks["evaluates_with_the_buffers_of_rank_zero"] = evaluates_with_the_buffers_of_rank_zero
     for name, check in checks.items():
         double = name.startswith(("separable", "one_process"))
         torch.set_default_dtype(torch.float64 if double else torch.float32)
