@@ -15,13 +15,11 @@ def check(state: State) -> None:
     Raises:
         ValueError: says what does not fit, and what to do.
     """
-    from composer_sassha.algorithms.lazy_hessian import LazyHessian
-    from composer_sassha.algorithms.sam import SAM
 
-    def with_part(kind: type) -> list[str]:
-        return [repr(a) for a in state.algorithms if any(isinstance(part, kind) for part in parts([a]))]
+    def that_have(attribute: str) -> list[str]:
+        return [repr(a) for a in state.algorithms if any(hasattr(part, attribute) for part in parts([a]))]
 
-    perturbations, hessians = with_part(SAM), with_part(LazyHessian)
+    perturbations, hessians = that_have("perturbation"), that_have("curvature")
     if len(state.optimizers) != 1:
         raise ValueError(
             f"{len(state.optimizers)} optimizers were given to the Trainer; these methods need exactly one"
