@@ -23,6 +23,7 @@ setup(
         "torchvision",
         "pyyaml",
         "omegaconf>=2.3",
+        "filelock",
     ],
     extras_require={"demo": demo, "dev": dev, "all": sorted({*demo, *dev})},
     classifiers=[

@@ -27,6 +27,20 @@ def number(
     return value
 
 
+def boolean(owner: str, name: str, value: Any) -> bool:
+    """Return `value` if it is True or False, else raise TypeError.
+
+    Example:
+        >>> boolean("SAM", "sync_ascent", "yes")
+        Traceback (most recent call last):
+            ...
+        TypeError: SAM: sync_ascent='yes' is not allowed; it must be True or False
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name}={value!r} is not allowed; it must be True or False")
+    return value
+
+
 def integer(owner: str, name: str, value: Any, low: int) -> int:
     """Return `value` if it is an integer >= `low`, else raise.
 

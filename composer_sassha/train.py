@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 when the run is finished, 2 for a mistake in the recipe or the overrides, with one
-        line on standard error and nothing written, 130 after Ctrl-C.
+        line on standard error and nothing written, 130 after Ctrl-C, 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     first = int(os.environ.get("RANK", "0")) == 0
@@ -55,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first:
             print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Composer turns SIGINT and SIGTERM into SystemExit with these codes.
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in (130, 143):
+            raise
         if first:
             print("interrupted; the same command continues the run from its last checkpoint", file=sys.stderr)
-        return 130
+        return int(code)
     return 0
 
 

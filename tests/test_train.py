@@ -143,7 +143,7 @@ def test_a_run_leaves_everything_and_is_left_alone(
     assert lines[1].startswith("epoch   2/2  train loss ") and "  test accuracy " in lines[1]
 
     run = folder / "runs" / "digits" / method / "seed3"
-    names = {"config.yaml", "metrics.jsonl", "results.json", "curves.png", "checkpoints"}
+    names = {"config.yaml", "metrics.jsonl", "results.json", "curves.png", "checkpoints", ".lock"}
     assert {path.name for path in run.iterdir()} == names
     assert len(list((run / "checkpoints").glob("ep*.pt"))) == 1
 

@@ -37,7 +37,7 @@ class SAM(Algorithm):
     def __init__(self, rho: float = 0.05, interval: int = 1, sync_ascent: bool = False) -> None:
         self.perturbation = SAMPerturbation(rho)
         self.interval = _validate.integer("SAM", "interval", interval, low=1)
-        self.sync_ascent = sync_ascent
+        self.sync_ascent = _validate.boolean("SAM", "sync_ascent", sync_ascent)
 
     def __repr__(self) -> str:
         return f"SAM(rho={self.perturbation.rho}, interval={self.interval}, sync_ascent={self.sync_ascent})"

@@ -253,8 +253,7 @@ def _state_dtype(p: Tensor) -> torch.dtype:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    if not isinstance(group["foreach"], bool):
-        raise TypeError(f"SASSHA: foreach={group['foreach']!r} is not allowed; it must be True or False")
+    _validate.boolean("SASSHA", "foreach", group["foreach"])
     _validate.number("SASSHA", "lr", group["lr"], low=0)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

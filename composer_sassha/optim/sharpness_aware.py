@@ -113,7 +113,7 @@ class SharpnessAwareOptimizer(Optimizer):
             )
         self.perturbation = perturbation
         self.interval = _validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
-        self.sync_ascent = sync_ascent
+        self.sync_ascent = _validate.boolean("SharpnessAwareOptimizer", "sync_ascent", sync_ascent)
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose when and how the Hessian diagonal is estimated; see the class."""

@@ -14,6 +14,7 @@ class SAM:
 
     rho: float = checked(0.05, at_least(0))
     interval: int = checked(1, at_least(1))
+    sync_ascent: bool = False
 
     def build(self) -> Algorithm:
         return composer_sassha.SAM(**asdict(self))
@@ -39,6 +40,9 @@ class Sassha:
     rho: float = checked(0.2, at_least(0))
     interval: int = checked(1, at_least(1))
     hessian_interval: int = checked(10, at_least(1))
+    samples: int = checked(1, at_least(1))
+    seed: int = checked(0, at_least(0))
+    sync_ascent: bool = False
 
     def build(self) -> Algorithm:
         return composer_sassha.Sassha(**asdict(self))

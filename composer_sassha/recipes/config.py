@@ -25,6 +25,11 @@ def _check_name(name: str) -> None:
         raise ValueError("names a folder, so it must be made of letters, digits and . _ + -")
 
 
+def _check_folder(folder: str) -> None:
+    if not folder or set("{}") & set(folder):
+        raise ValueError("must be a path without braces, which Composer fills in")
+
+
 def _check_precision(precision: str) -> None:
     if precision == "amp_fp16":
         raise ValueError("is not supported yet; use fp32 or amp_bf16")
@@ -78,14 +83,14 @@ class Recipe:
     baseline: str | None = None
     reported: float | None = None
     seed: int = checked(0, within(0, 2**32))
-    max_duration: str = checked("30ep", time_in("ep", "ba", "sp", low=1))
+    max_duration: str = checked("30ep", time_in("ep", "ba", "sp"))
     precision: str = checked("fp32", _check_precision)
     device_train_microbatch_size: int | str | None = checked(None, _check_microbatch)
     cpu_threads: int | None = checked(None, _check_threads)
     deterministic: bool = False
-    save_folder: str = "runs"
+    save_folder: str = checked("runs", _check_folder)
     save_interval: str = checked("1ep", time_in("ep", "ba", "sp", "dur"))
-    eval_interval: str = checked("1ep", time_in("ep", "ba", low=1))
+    eval_interval: str = checked("1ep", time_in("ep", "ba"))
     progress_bar: bool = True
 
     @property
@@ -137,9 +142,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     methods = mapping(shared.pop("methods", {shared.get("method"): {}}), "methods")
     if method is None:
         raise ConfigError(f"method: not given; choose one with method=... (there are: {', '.join(methods)})")
+    method = str(method)
     lookup(methods, method, "method")
     settings = shared
-    for layer in (mapping(methods[method], f"methods.{method}"), given, {"method": method}):
+    for layer in (mapping(methods[method] or {}, f"methods.{method}"), given, {"method": method}):
         settings = _merge(settings, layer)
     try:
         settings = mapping(OmegaConf.to_container(OmegaConf.create(settings), resolve=True), "the recipe")

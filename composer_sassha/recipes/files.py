@@ -27,8 +27,16 @@ def find_recipe(recipe: str) -> Path:
     if path.is_file():
         return path
     bundled = bundled_recipes()
-    if path.with_suffix("") in (Path(path.stem), Path("yamls", path.stem)) and path.stem in bundled:
+    if (
+        path.name
+        and path.with_suffix("") in (Path(path.stem), Path("yamls", path.stem))
+        and path.stem in bundled
+    ):
         return bundled[path.stem]
+    if path.is_dir():
+        raise ConfigError(
+            f"{recipe or '(empty)'}: is no recipe file; the bundled ones are: {', '.join(bundled)}"
+        )
     beside = [str(other) for pattern in ("*.yaml", "*.yml") for other in path.parent.glob(pattern)]
     near = did_you_mean(recipe, beside) or did_you_mean(path.stem, bundled)
     hint = near or f"; the bundled ones are: {', '.join(bundled)}"

@@ -5,28 +5,36 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from composer import Algorithm, Callback, Evaluator, Logger, State, Trainer
 from composer.callbacks import LRMonitor
 from composer.devices import DeviceCPU
 from composer.models import ComposerModel
 from composer.optim import ComposerScheduler
 from composer.utils import dist, get_device, reproducibility
+from filelock import FileLock
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from composer_sassha.recipes.config import Recipe, load_recipe
+from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.folder import (
+    LATEST,
+    earlier_results,
+    lock_folder,
+    on_rank_zero,
+    prepare_folder,
+    read_results,
+    removed_on_failure,
+)
 from composer_sassha.recipes.run_log import RunLog, write_atomically
 
-_NOT_COMPARED = {"progress_bar", "save_folder"}  # they do not change what a run computes
 _DEMO = {"sklearn", "matplotlib"}
 
 
@@ -48,7 +56,7 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     parts = _build(recipe)
     if dist.get_world_size() > 1:
         dist.initialize_dist(get_device(None))
-    results = _on_rank_zero(lambda: _earlier_results(recipe))
+    results = on_rank_zero(lambda: earlier_results(recipe))
     if results is None:
         with warnings.catch_warnings():
             # A schedule without warm-up is what the recipe asks for.
@@ -113,20 +121,6 @@ def _config_errors(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _on_rank_zero(question: Any) -> Any:
-    """Rank 0's answer to a question about the disk, so that all ranks go the same way, errors included."""
-    answer: list[Any] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            answer = [question()]
-        except ConfigError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], ConfigError):
-        raise answer[0]
-    return answer[0]
-
-
 class RankZeroBuffers(Callback):
     """Evaluates with rank 0's buffers on every rank.
 
@@ -142,71 +136,61 @@ class RankZeroBuffers(Callback):
     eval_standalone_start = eval_before_all
 
 
-def _earlier_results(recipe: Recipe) -> dict[str, Any] | None:
-    """The results in the run folder if it holds this run, finished; refuses a folder with anything else."""
-    config, results = recipe.folder / "config.yaml", recipe.folder / "results.json"
-    elsewhere = "choose another save_folder, such as save_folder=runs2"
-    if not config.exists():
-        if recipe.folder.exists() and (not recipe.folder.is_dir() or any(recipe.folder.iterdir())):
-            raise ConfigError(f"{recipe.folder}: exists and is not a run; {elsewhere}")
-        return None
-    now = _flatten(recipe.settings())
-    try:
-        before = _flatten(load_recipe(config).settings())
-    except ConfigError as error:
-        raise ConfigError(
-            f"{recipe.folder}: holds a run that cannot be read ({error}); {elsewhere}"
-        ) from error
-    different = [
-        f"{key} ({before.get(key)} there, {now.get(key)} here)"
-        for key in sorted(before.keys() | now.keys())
-        if key not in _NOT_COMPARED and (key in before, before.get(key)) != (key in now, now.get(key))
-    ]
-    if different:
-        raise ConfigError(f"{recipe.folder}: holds a run with another {', '.join(different)}; {elsewhere}")
-    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict[str, Any]:
     log = RunLog(recipe.folder / "metrics.jsonl", parts.heldout.label, recipe.progress_bar)
-    with _removed_on_failure(recipe.folder):
-        _on_rank_zero(lambda: _make_folder(recipe))
-        with _config_errors("Trainer"):
-            trainer = _trainer(recipe, parts, log, callbacks)
-    state = trainer.state
+    lock = FileLock(recipe.folder / ".lock")
+    made = on_rank_zero(lambda: lock_folder(recipe, lock))
     try:
-        if state.load_path is not None and dist.get_global_rank() == 0:
-            # Composer deletes old checkpoints of its own process only; add the one we continue from.
-            trainer.saved_checkpoints.append(str(Path(state.load_path).resolve()))
+        with removed_on_failure(made):
+            on_rank_zero(lambda: prepare_folder(recipe))
+            trainer = _trainer(recipe, parts, log, callbacks)
+        try:
+            return _fit(recipe, trainer, log)
+        finally:
+            trainer.close()
+    finally:
+        lock.release()
+
+
+def _fit(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
+    state = trainer.state
+    if state.load_path is not None and dist.get_global_rank() == 0:
+        # Composer deletes old checkpoints of its own process only; add the one we continue from.
+        trainer.saved_checkpoints.append(str(Path(state.load_path).resolve()))
+    try:
         if state.timestamp < state.max_duration:
             trainer.fit()
-        if not _on_rank_zero(lambda: log.evaluated_at(state.timestamp)):
+        if not on_rank_zero(lambda: log.evaluated_at(state.timestamp)):
             trainer.eval()  # the run was stopped between its last checkpoint and its last evaluation
-        return _on_rank_zero(lambda: _write_results(recipe, trainer, log))
-    finally:
-        trainer.close()
-
-
-def _make_folder(recipe: Recipe) -> None:
-    try:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        config = yaml.safe_dump(recipe.settings(), sort_keys=False)
-        write_atomically(recipe.folder / "config.yaml", config)
-    except OSError as error:
-        raise ConfigError(f"save_folder={recipe.save_folder}: cannot be written to: {error}") from error
+        return on_rank_zero(lambda: _write_results(recipe, trainer, log))
+    except (OSError, RuntimeError) as error:
+        # What a full disk raises depends on who was writing.
+        if shutil.disk_usage(recipe.folder).free < 2**20:
+            raise ConfigError(
+                f"{recipe.folder}: the disk is full; make room, and the same command continues from the last "
+                "checkpoint"
+            ) from error
+        raise
 
 
 def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:
+    latest = recipe.folder / "checkpoints" / LATEST
+    try:
+        return _new_trainer(recipe, parts, log, callbacks)
+    except ConfigError:
+        raise
+    except Exception as error:
+        if latest.exists():
+            raise ConfigError(
+                f"{latest.resolve()}: cannot be loaded ({error}); restore it, or delete {recipe.folder} to "
+                "start again"
+            ) from error
+        if isinstance(error, ValueError):
+            raise ConfigError(f"Trainer: {error}") from error
+        raise
+
+
+def _new_trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:
     return Trainer(
         model=parts.model,
         train_dataloader=parts.train,
@@ -231,22 +215,6 @@ def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Cal
         save_num_checkpoints_to_keep=1,
         load_progress_bar=False,
     )
-
-
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Leave no new run folder behind when the block fails; a folder that holds a run stays as it is."""
-    new = not (folder / "config.yaml").exists()
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        if new and dist.get_global_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                for path in missing[1:]:
-                    path.rmdir()
-        raise
 
 
 def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
@@ -284,16 +252,16 @@ def summary(recipe: Recipe, results: dict[str, Any]) -> str:
         f"{results['seconds_per_step']:.4f} s per step{_relative_to_baseline(recipe, results)}",
         f"run folder: {recipe.folder}",
     ]
+    if loss is None:
+        lines.append("the training diverged: its loss is not finite; try a smaller learning rate")
     return "\n".join(lines)
 
 
 def _relative_to_baseline(recipe: Recipe, results: dict[str, Any]) -> str:
     if recipe.baseline in (None, recipe.method):
         return ""
-    runs = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in recipe.folder.parents[1].glob(f"{recipe.baseline}/seed*/results.json")
-    ]
+    paths = recipe.folder.parents[1].glob(f"{recipe.baseline}/seed*/results.json")
+    runs = [found for path in paths if (found := read_results(path)) is not None]
     same = ("world_size", "device")
     seconds = [r["seconds_per_step"] for r in runs if all(r[key] == results[key] for key in same)]
     return (

@@ -14,6 +14,8 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 from tqdm import tqdm
 
+from composer_sassha.recipes.errors import ConfigError
+
 TRAIN_LOSS = "loss/train/total"
 
 
@@ -59,17 +61,33 @@ class RunLog(LoggerDestination):
         self._pending |= {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"records": len(self.records)}
+        return {"records": len(self.records), "world_size": dist.get_world_size()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resumed_records = state["records"]
+        before, now = state["world_size"], dist.get_world_size()
+        if before != now and dist.get_global_rank() == 0:
+            print(f"begun on {before} processes, continued on {now}: it ends otherwise than on {before}")
 
     def after_load(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+            if len(lines) < self._resumed_records:
+                raise ConfigError(
+                    f"{self._path}: has {len(lines)} lines of the {self._resumed_records} at the checkpoint; "
+                    "restore it, or delete the run folder to start again"
+                )
             lines = lines[: self._resumed_records]
-            self.records = [json.loads(line) for line in lines]
+            self.records = [self._parsed(number, line) for number, line in enumerate(lines, start=1)]
             write_atomically(self._path, "".join(line + "\n" for line in lines))
+
+    def _parsed(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self._path}: line {number} is damaged; restore it, or delete the run folder to start again"
+            ) from error
 
     def fit_start(self, state: State, logger: Logger) -> None:
         end, epoch = state.max_duration, state.dataloader_len

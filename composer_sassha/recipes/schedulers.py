@@ -16,7 +16,7 @@ from composer.optim import (
 
 from composer_sassha.recipes.schema import at_least, checked, time_in
 
-_time = time_in("ep", "ba", "sp", "dur")
+_time = time_in("ep", "ba", "sp", "dur", positive=False)
 
 
 @dataclass

@@ -51,9 +51,7 @@ def within(low: float, high: float) -> Check:
     """Every number must be in [low, high); the value is a number or a list of them."""
 
     def check(value: Any) -> None:
-        if not all(
-            low <= number < high for number in (value if isinstance(value, list | tuple) else [value])
-        ):
+        if not all(low <= number < high for number in _each(value)):
             raise ValueError(f"must be in [{low}, {high})")
 
     return check
@@ -73,10 +71,10 @@ def one_of(*choices: str) -> Check:
     return check
 
 
-def time_in(*units: str, low: int = 0) -> Check:
+def time_in(*units: str, positive: bool = True) -> Check:
     """The value, or every one in a list, must be a Composer time such as 30ep, in one of these units.
 
-    >>> time_in("ep", "ba", low=1)("30 epochs")
+    >>> time_in("ep", "ba")("30 epochs")
     Traceback (most recent call last):
     ValueError: must be a number and a unit (ep, ba), such as 30ep
     """
@@ -89,8 +87,8 @@ def time_in(*units: str, low: int = 0) -> Check:
                 parsed = None
             if parsed is None or parsed.unit.value not in units:
                 raise ValueError(f"must be a number and a unit ({', '.join(units)}), such as 30{units[0]}")
-            if parsed.value < low:
-                raise ValueError(f"must be at least {low}{parsed.unit.value}")
+            if parsed.value < 0 or (positive and parsed.value == 0):
+                raise ValueError(f"must be {'above' if positive else 'at least'} 0{parsed.unit.value}")
 
     return check
 
