@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from composer_sassha.train import main
 
@@ -51,7 +55,11 @@ MISTAKES = [
     (["model.num_classes=5"], ["model", "out of bounds"]),
     (["data.batch_size=5000"], ["data", "batch_size=5000", "1437"]),
     (["max_duration=30"], ["max_duration=30", "30ep"]),
-    (["max_duration=0ep"], ["max_duration=0ep", "1ep"]),
+    (["max_duration=0ep"], ["max_duration=0ep", "above 0ep"]),
+    (["save_interval=0ba"], ["save_interval=0ba", "above 0ba"]),
+    (["save_folder=a{rank}b"], ["save_folder=a{rank}b", "braces"]),
+    ([""], ["(empty)", "digits"]),
+    ([".", "seed=1"], [".", "digits"]),
     (["schedulers.t_warmup=2 epochs"], ["schedulers.t_warmup=2 epochs", "30ep"]),
     (["schedulers={name: multi_step, milestones: [1ep, x]}"], ["schedulers.milestones", "x"]),
     (["precision=amp_fp16"], ["precision=amp_fp16", "not supported yet"]),
@@ -228,15 +236,98 @@ def test_two_ranks_do_the_same_job(folder: Path) -> None:
     assert results["accuracy"] > 0.3  # a tenth would be chance
 
 
-def test_ctrl_c_says_how_to_go_on(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_and_says_how_to_go_on(
+    folder: Path, sent: signal.Signals, status: int
 ) -> None:
-    def interrupted(recipe: object) -> None:
-        raise KeyboardInterrupt
+    command = [sys.executable, "-m", "composer_sassha.train", *QUICK, "max_duration=500ep"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        metrics = folder / "runs/digits/sgd/seed0/metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            time.sleep(0.1)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err == "interrupted; the same command continues the run from its last checkpoint\n"
 
-    monkeypatch.setattr("composer_sassha.recipes.run.run", interrupted)
-    assert main(QUICK) == 130
-    assert "the same command continues" in capsys.readouterr().err
+
+def unfinished(folder: Path) -> Path:
+    """A run of two epochs that lacks its results, as if it had been stopped in the second."""
+    assert main(QUICK) == 0
+    run = folder / "runs/digits/sgd/seed0"
+    (run / "results.json").unlink()
+    return run
+
+
+def test_a_run_that_another_process_trains_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(folder)
+    before = (run / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    with FileLock(run / ".lock"):
+        assert "another process trains this run" in refused(QUICK, capsys)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(QUICK) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: cut(newest(run)), ["ep2-ba22-rank0.pt", "cannot be loaded", "start again"]),
+        (lambda run: cut(run / "metrics.jsonl"), ["metrics.jsonl", "restore it"]),
+        (lambda run: (run / "metrics.jsonl").write_text("x\n" * 100), ["metrics.jsonl", "line 1 is damaged"]),
+        (lambda run: (run / "results.json").write_text("{"), ["results.json", "is damaged; delete it"]),
+        (lambda run: (run / "results.json").write_text("[]"), ["results.json", "is damaged; delete it"]),
+        (lambda run: (run / "config.yaml").write_text("model: 3"), ["cannot be read", "save_folder"]),
+    ],
+)
+def test_a_damaged_run_is_named_and_kept(
+    damage: Callable[[Path], object], said: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = unfinished(folder)
+    damage(run)
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    message = refused(QUICK, capsys)
+    assert all(part in message for part in said), message
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def newest(run: Path) -> Path:
+    return (run / "checkpoints/latest-rank0.pt").resolve()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_lost_link_to_the_newest_checkpoint_is_made_anew(dangling: bool, folder: Path) -> None:
+    run = unfinished(folder)
+    before = (run / "metrics.jsonl").read_text()
+    link = run / "checkpoints/latest-rank0.pt"
+    link.unlink()
+    if dangling:
+        link.symlink_to("ep1-ba11-rank0.pt")
+    assert main(QUICK) == 0
+    assert (run / "metrics.jsonl").read_text() == before  # nothing was trained again
+    assert json.loads((run / "results.json").read_text())["steps"] == 22
+
+
+def test_a_damaged_baseline_does_not_hurt_another_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(QUICK) == 0
+    (folder / "runs/digits/sgd/seed0/results.json").write_text("{")
+    assert main([*QUICK, "method=adamw"]) == 0
+    assert "times sgd's" not in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "optimizer.lr=1e30"]) == 0
+    assert "diverged" in capsys.readouterr().out
 
 
 def test_only_the_first_rank_speaks(

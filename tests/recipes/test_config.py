@@ -1,10 +1,14 @@
 """How a recipe, its methods and the overrides become settings."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
+import composer_sassha
+from composer_sassha.recipes.algorithms import ALGORITHMS
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.files import bundled_recipes
@@ -81,3 +85,16 @@ def test_bundled_recipes_go_by_several_names(
 def test_every_method_of_a_bundled_recipe_is_valid(path: Path) -> None:
     for method in yaml.safe_load(path.read_text())["methods"]:
         assert load_recipe(path, [f"method={method}"]).method == method
+
+
+@pytest.mark.parametrize(
+    ("schema", "built"),
+    [
+        (ALGORITHMS["sam"], composer_sassha.SAM),
+        (ALGORITHMS["lazy_hessian"], composer_sassha.LazyHessian),
+        (ALGORITHMS["sassha"], composer_sassha.Sassha),
+    ],
+)
+def test_a_recipe_can_set_every_argument_with_the_same_defaults(schema: type, built: type) -> None:
+    arguments = {name: p.default for name, p in inspect.signature(built).parameters.items()}
+    assert {f.name: f.default for f in dataclasses.fields(schema)} == arguments
