@@ -91,7 +91,8 @@ def assert_same(first: Any, second: Any, path: str = "") -> None:
     """Assert equality to the last bit, NaN and the sign of zero included."""
     if isinstance(first, Tensor):
         assert first.dtype == second.dtype and first.shape == second.shape, path
-        assert first.numpy().tobytes() == second.numpy().tobytes(), f"{path}: {(first - second).abs().max()}"
+        bits = [t.contiguous().view(-1).view(torch.uint8) for t in (first, second)]
+        assert torch.equal(*bits), f"{path}: {(first - second).abs().max()}"
     elif isinstance(first, np.ndarray):
         assert first.tobytes() == second.tobytes(), path
     elif isinstance(first, Mapping):

@@ -7,6 +7,7 @@ import torch
 from composer.core import Event
 from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingWithWarmupScheduler
+from torch.utils.data import TensorDataset
 
 from composer_sassha import SAM
 from tests.helpers import (
@@ -15,6 +16,7 @@ from tests.helpers import (
     assert_same,
     copied,
     everything,
+    images,
     method_trainer,
     network,
     rng_states,
@@ -44,6 +46,27 @@ def test_trains(method):
     losses = [value for _, value in log.data["loss/train/total"]]
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     run.close()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("sam_sgd", "sassha")], ids=str)
+def test_trains_bfloat16_parameters_and_resumes_them(method, tmp_path):
+    x, y = images().tensors
+
+    def run(**kwargs):
+        model = network().bfloat16()
+        return method_trainer(method, model=model, dataset=TensorDataset(x.bfloat16(), y), **kwargs)
+
+    log = InMemoryLogger()
+    whole = run(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt", loggers=[log])
+    whole.fit()
+    expected = everything(whole)
+    whole.close()
+    resumed = run(load_path=str(tmp_path / "ba5.pt"))
+    resumed.fit()
+    assert_same(expected, everything(resumed))
+    resumed.close()
+    losses = [value for _, value in log.data["loss/train/total"]]
+    assert sum(losses[-2:]) < sum(losses[:2])
 
 
 @each_method
