@@ -9,7 +9,7 @@ from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingWithWarmupScheduler
 from torch.utils.data import TensorDataset
 
-from composer_sassha import SAM
+from composer_sassha import SAM, SASSHA, Sassha
 from tests.helpers import (
     Injected,
     Spy,
@@ -22,7 +22,7 @@ from tests.helpers import (
     rng_states,
     trainer,
 )
-from tests.methods import METHODS
+from tests.methods import METHODS, Method
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -48,25 +48,34 @@ def test_trains(method):
     run.close()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("sam_sgd", "sassha")], ids=str)
+# In bfloat16 a curvature may round to zero, which the rule divides by eps alone: a large one is needed.
+BFLOAT16 = [
+    METHODS[0],
+    Method("sassha", lambda params: SASSHA(params, lr=0.05, eps=0.1), lambda: [Sassha(0.1)]),
+]
+
+
+@pytest.mark.parametrize("method", BFLOAT16, ids=str)
 def test_trains_bfloat16_parameters_and_resumes_them(method, tmp_path):
     x, y = images().tensors
 
-    def run(**kwargs):
-        model = network().bfloat16()
-        return method_trainer(method, model=model, dataset=TensorDataset(x.bfloat16(), y), **kwargs)
+    def build(**kwargs):
+        dataset = TensorDataset(x.bfloat16(), y)
+        return method_trainer(
+            method, model=network().bfloat16(), dataset=dataset, max_duration="6ep", **kwargs
+        )
 
     log = InMemoryLogger()
-    whole = run(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt", loggers=[log])
-    whole.fit()
-    expected = everything(whole)
-    whole.close()
-    resumed = run(load_path=str(tmp_path / "ba5.pt"))
+    run = build(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt", loggers=[log])
+    run.fit()
+    expected = everything(run)
+    run.close()
+    resumed = build(load_path=str(tmp_path / "ba5.pt"))
     resumed.fit()
     assert_same(expected, everything(resumed))
     resumed.close()
     losses = [value for _, value in log.data["loss/train/total"]]
-    assert sum(losses[-2:]) < sum(losses[:2])
+    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 @each_method
