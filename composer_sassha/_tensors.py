@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 
-def copy_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Clone every tensor."""
-    copies = [torch.empty_like(t) for t in tensors]
+def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Clone every tensor, into another dtype if one is given."""
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     if copies:
         with torch.no_grad():
             torch._foreach_copy_(copies, list(tensors))
@@ -18,11 +18,7 @@ def copy_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Convert tensors of one dtype; the list itself if there is nothing to convert."""
-    if tensors[0].dtype == dtype:
-        return tensors
-    converted = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    torch._foreach_copy_(converted, tensors)
-    return converted
+    return tensors if tensors[0].dtype == dtype else copy_of(tensors, dtype)
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -51,9 +51,8 @@ def wrapped_optimizer(state: State) -> SharpnessAwareOptimizer:
     if not isinstance(optimizer, SharpnessAwareOptimizer):
         optimizer = SharpnessAwareOptimizer(optimizer)
         state.optimizers = optimizer
-    if not isinstance(optimizer.runner, TrainerPasses) or optimizer.runner.state is not state:
-        optimizer.model = state.model
-        optimizer.runner = TrainerPasses(state)
+    optimizer.model = state.model
+    optimizer.runner = TrainerPasses(state)
     return optimizer
 
 

@@ -20,7 +20,8 @@ class LazyHessian(Algorithm):
     stand-in whose backward delivers the gradient found, so that no other pass builds a second-order graph.
     Microbatches count with the Trainer's own weights, ranks are averaged in one collective.
 
-    Logs, on refresh steps, `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes`.
+    Logs, on refresh steps, `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes`, and on
+    steps that were skipped their number so far, `hessian/skipped_steps`.
 
     Args:
         interval: steps between refreshes, >= 1. Default: 10.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from composer_sassha._tensors import wide_dtype
 from composer_sassha.curvature.probes import rademacher
 
 
@@ -28,7 +29,7 @@ def hutchinson_diagonal(
         [tensor([ 6., 12.])]
     """
     curved = [i for i, grad in enumerate(grads) if grad.requires_grad]  # where the loss is linear, H is zero
-    wide = [torch.promote_types(p.dtype, torch.float32) for p in params]
+    wide = [wide_dtype([p]) for p in params]
     total = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(params, wide, strict=True)]
     if not curved:
         return total

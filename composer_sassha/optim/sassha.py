@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
-from composer_sassha._tensors import as_dtype
+from composer_sassha._tensors import as_dtype, wide_dtype
 
 
 class SASSHA(Optimizer):
@@ -182,7 +182,7 @@ class SASSHA(Optimizer):
         for key, p in zip(saved, own, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name in ("exp_avg", "exp_hessian"):
-                    self.state[p][name] = value.to(device=p.device, dtype=_state_dtype(p))
+                    self.state[p][name] = value.to(device=p.device, dtype=wide_dtype([p]))
 
     def _init_state(self) -> None:
         # Whole and for every trainable parameter: what is created later cannot be loaded from a sharded
@@ -191,8 +191,8 @@ class SASSHA(Optimizer):
             if (p.requires_grad or p.grad is not None) and not self.state[p]:
                 self.state[p] = {
                     "step": 0,
-                    "exp_avg": torch.zeros_like(p, dtype=_state_dtype(p)),
-                    "exp_hessian": torch.zeros_like(p, dtype=_state_dtype(p)),
+                    "exp_avg": torch.zeros_like(p, dtype=wide_dtype([p])),
+                    "exp_hessian": torch.zeros_like(p, dtype=wide_dtype([p])),
                     "hessian_step": 0,  # 0: never estimated
                 }
 
@@ -246,10 +246,6 @@ def _update_foreach(params: list[Tensor], grads: list[Tensor], states: list[dict
     torch._foreach_addcdiv_(weights, [averages[i] for i in ready], denominators, rates)
     if weights is not params:
         torch._foreach_copy_(params, weights)
-
-
-def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _check_group(group: dict[str, Any]) -> None:
