@@ -10,9 +10,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def several() -> bool:
     """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 def any_rank(condition: Tensor) -> bool:
@@ -27,4 +32,4 @@ def average_(tensor: Tensor) -> None:
     """Average a tensor over the ranks, in place and in one collective."""
     if several():
         dist.all_reduce(tensor)
-        tensor.div_(dist.get_world_size())
+        tensor.div_(world_size())

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -57,8 +58,12 @@ def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
 
 
-def global_norm(tensors: Sequence[Tensor]) -> float:
+def global_norm(tensors: Sequence[Tensor], shards: dist.ProcessGroup | None = None) -> float:
     """Return the Euclidean norm over all tensors together, accumulated in at least float32.
+
+    Args:
+        tensors: any number.
+        shards: the ranks that hold the other parts of the same tensors; None: there are none.
 
     Example:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -67,4 +72,35 @@ def global_norm(tensors: Sequence[Tensor]) -> float:
     if not tensors:
         return 0.0
     norms = torch._foreach_norm(list(tensors), 2, dtype=wide_dtype(tensors))
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).item()
+    (norm,) = euclidean_norms([torch.stack([norm.to(norms[0].device) for norm in norms])], shards)
+    return norm
+
+
+def euclidean_norms(vectors: Sequence[Tensor], shards: dist.ProcessGroup | None = None) -> list[float]:
+    """Return the norm of each vector, of which the ranks of `shards`, if given, hold a part each.
+
+    Example:
+        >>> euclidean_norms([torch.tensor([3.0, 4.0]), torch.tensor([2.0])])
+        [5.0, 2.0]
+    """
+    norms = torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])
+    if shards is not None:
+        dist.all_reduce(norms.square_(), group=shards)
+        norms.sqrt_()
+    return norms.tolist()
+
+
+def inner_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], shards: dist.ProcessGroup | None = None
+) -> list[float]:
+    """Return the inner product of each pair of vectors; `shards` as in `euclidean_norms`.
+
+    Example:
+        >>> a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+        >>> inner_products([(a, b), (a, a)])
+        [11.0, 5.0]
+    """
+    products = torch.stack([torch.dot(a, b) for a, b in pairs])
+    if shards is not None:
+        dist.all_reduce(products, group=shards)
+    return products.tolist()

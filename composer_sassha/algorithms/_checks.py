@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import composer.algorithms
-from composer.core import Algorithm, State
+from composer.core import Algorithm, Precision, State
 from composer.utils import dist
+from composer.utils.parallelism import FSDPConfig
 
 from composer_sassha.optim import SharpnessAwareOptimizer
 
@@ -54,8 +55,7 @@ def check(state: State) -> None:
         )
     if perturbations:
         perturbation_of(state).check(base)
-    if state.fsdp_config is not None or state.tp_config is not None:
-        raise ValueError("composer_sassha does not support sharded training (FSDP, TP) yet; train with DDP")
+    _check_sharding(state)
     _check_companions(state)
     if state.auto_microbatching and dist.get_world_size() > 1:
         warnings.warn(
@@ -63,6 +63,24 @@ def check(state: State) -> None:
             "the Trainer hangs or lets the replicas drift apart, plain SGD too; set a number instead",
             stacklevel=2,
         )
+
+
+def _check_sharding(state: State) -> None:
+    """Refuse what does not work on sharded parameters."""
+    if state.tp_config is not None or isinstance(state.fsdp_config, FSDPConfig):
+        given = "TP" if state.tp_config is not None else "FSDP1"
+        raise ValueError(
+            f"composer_sassha does not support {given}; shard with "
+            "parallelism_config={'fsdp': composer.utils.parallelism.FSDP2Config()}"
+        )
+    if state.fsdp_config is None:
+        return
+    if state.precision == Precision.AMP_FP16:
+        raise ValueError("precision='amp_fp16' does not work with FSDP here; use 'amp_bf16'")
+    for owner in [*parts(state.algorithms), *state.optimizers]:
+        curvature = getattr(owner, "curvature", None)
+        if curvature is not None and curvature.whole_only:
+            raise ValueError(curvature.whole_only)
 
 
 def _check_companions(state: State) -> None:

@@ -177,15 +177,17 @@ class _Replay:
         state, model = self.state, plain(self.state.model)
         batch = select(self.batch, slice(count), size_of(self.batch))
         after = self._snapshot()
-        self.before.restore()
-        try:
-            with get_precision_context(state.precision, state.precision_config):
-                outputs = model(batch)
-                loss = model.loss(outputs, batch)
-            yield Evaluation(_total(loss), *_predictions(model, outputs, batch))
-        finally:
-            # Not before the loss has been differentiated: its graph may hold buffers, which this writes into.
-            after.restore()
+        # The first evaluation's graph may hold buffers, and will find the same values in them.
+        with torch.autograd._unsafe_preserve_version_counter(tuple(state.model.buffers())):
+            self.before.restore()
+            try:
+                with get_precision_context(state.precision, state.precision_config):
+                    outputs = model(batch)
+                    loss = model.loss(outputs, batch)
+                yield Evaluation(_total(loss), *_predictions(model, outputs, batch))
+            finally:
+                # Not before this loss has been differentiated: its graph holds buffers too.
+                after.restore()
 
     def _snapshot(self) -> Snapshot:
         model = self.state.model

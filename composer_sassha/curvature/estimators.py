@@ -13,6 +13,7 @@ from composer_sassha._validate import SettingError
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.finite_difference import finite_difference_diagonal
 from composer_sassha.curvature.gauss_newton import gauss_newton_diagonal, predictions
+from composer_sassha.curvature.gradients import Gradients
 from composer_sassha.curvature.hutchinson import hutchinson_diagonal
 
 
@@ -43,6 +44,9 @@ class Microbatch:
     size: int | None
     again: Again | None
     scale: float = 1.0  # for float16: of the loss behind `grads` if they are to be differentiated
+    # Of sharded parameters: how to differentiate, and how many predictions there are for each one here.
+    gradients: Gradients | None = None
+    spread: float = 1.0
 
 
 def _hutchinson(batch: Microbatch) -> list[Tensor]:
@@ -58,7 +62,9 @@ def _gauss_newton(batch: Microbatch) -> list[Tensor]:
             "...], two classes at least, with class labels in batch[1], and for outputs['logits'] with "
             "batch['labels']; use estimator='hutchinson', or in a loop of your own pass logits= and labels="
         )
-    return gauss_newton_diagonal(logits, labels, batch.params, batch.keys, batch.scale)
+    return gauss_newton_diagonal(
+        logits, labels, batch.params, batch.keys, batch.scale, batch.spread, batch.gradients
+    )
 
 
 def _empirical_fisher(batch: Microbatch) -> list[Tensor]:
@@ -86,7 +92,7 @@ def _finite_difference(batch: Microbatch) -> list[Tensor]:
         with again(size) as evaluation:
             yield evaluation if isinstance(evaluation, Tensor) else evaluation.loss
 
-    return finite_difference_diagonal(batch.grads, batch.params, batch.keys, loss_again)
+    return finite_difference_diagonal(batch.grads, batch.params, batch.keys, loss_again, batch.gradients)
 
 
 ESTIMATORS: dict[str, Callable[[Microbatch], list[Tensor]]] = {

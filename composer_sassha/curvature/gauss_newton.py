@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from composer_sassha._random import generator
 from composer_sassha._tensors import wide_dtype
+from composer_sassha.curvature.gradients import Gradients, by_autograd
 
 # The label that says "no prediction here", as F.cross_entropy and Hugging Face's models have it.
 IGNORED = -100
@@ -19,6 +20,8 @@ def gauss_newton_diagonal(
     params: Sequence[Tensor],
     keys: Sequence[Sequence[int]],
     scale: float = 1.0,
+    spread: float = 1.0,
+    gradients: Gradients | None = None,
 ) -> list[Tensor]:
     """Estimate the Gauss-Newton matrix's diagonal as the mean over draws of `B * g * g` (Liu et al. 2024).
 
@@ -34,6 +37,8 @@ def gauss_newton_diagonal(
         params: the parameters whose diagonal is wanted.
         keys: one key per draw, see `rademacher`.
         scale: keeps the gradients of float16 compute from underflow; divided out before they are squared.
+        spread: B is `spread` times the predictions here; for `gradients` that average over ranks.
+        gradients: how to differentiate. Default: `by_autograd(params)`.
 
     Raises:
         ValueError: logits and labels do not fit.
@@ -51,16 +56,18 @@ def gauss_newton_diagonal(
         )
     logits = logits.to(wide_dtype([logits]))
     probabilities = logits.detach().softmax(dim=1)
+    gradients = by_autograd(params) if gradients is None else gradients
+    root = (spread * counted.sum().to(logits.dtype)).sqrt()  # under the square it is B
     total = [torch.zeros_like(p, dtype=wide_dtype([p])) for p in params]
     for draw, key in enumerate(keys, start=1):
         drawn = _draw(probabilities, key).masked_fill_(~counted, IGNORED)
-        loss = F.cross_entropy(logits, drawn, ignore_index=IGNORED) * scale
-        grads = torch.autograd.grad(loss, params, retain_graph=draw < len(keys), materialize_grads=True)
+        loss = F.cross_entropy(logits, drawn, ignore_index=IGNORED) * (scale * root)
+        grads = gradients(loss, draw < len(keys))
         wide = [grad.to(t.dtype) for grad, t in zip(grads, total, strict=True)]
         if scale != 1:
             wide = list(torch._foreach_div(wide, scale))
         torch._foreach_addcmul_(total, wide, wide)
-    torch._foreach_mul_(total, counted.sum().to(logits.dtype) / len(keys))
+    torch._foreach_div_(total, len(keys))
     return total
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from composer_sassha import _validate
-from composer_sassha._ranks import average_, rank
+from composer_sassha._ranks import average_, rank, world_size
+from composer_sassha._sharding import Shards, local, shards_of
 from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import kinks
+from composer_sassha.curvature.gradients import ByBackward
 from composer_sassha.curvature.hutchinson import differentiable_gradients
 
 
@@ -100,6 +103,22 @@ class LazyCurvature:
         """Whether some microbatches are evaluated a second time, so that `attach` needs `again`."""
         return self.estimator == "finite_difference" or self.batch_fraction < 1
 
+    @property
+    def whole_only(self) -> str:
+        """Why the settings are not for sharded parameters, of which each rank holds a part; "": they are."""
+        if self.estimator not in ("gauss_newton", "finite_difference"):
+            return (
+                f"LazyHessian: estimator={self.estimator!r} is not allowed with sharded parameters (FSDP), "
+                "whose gradients come out of an ordinary backward alone; use estimator='gauss_newton', or "
+                "'finite_difference' for a smooth network"
+            )
+        if self.batch_fraction < 1:
+            return (
+                f"LazyHessian: batch_fraction={self.batch_fraction} is not allowed with sharded parameters "
+                "(FSDP); it must be 1"
+            )
+        return ""
+
     def due(self, step: int, last_refresh: int) -> bool:
         """Whether a refresh is due: at multiples of the interval, until one has succeeded."""
         return last_refresh < step - step % self.interval
@@ -112,6 +131,8 @@ class LazyCurvature:
     def reset(self) -> None:
         """Forget the running estimate."""
         self._params: list[Tensor] = []
+        self._parts: list[Tensor] = []  # what this rank holds of each: of a whole parameter, all of it
+        self._shards: Shards | None = None
         self._others: list[Tensor] = []
         self._total: Tensor | None = None
         self._uses: list[int] = []
@@ -142,18 +163,23 @@ class LazyCurvature:
 
         Raises:
             RuntimeError: `params` is empty.
+            SettingError: they are sharded, and the settings are for whole parameters only.
         """
         self.reset()
         if not params:
             raise RuntimeError(
                 "the Hessian refresh finds no parameter that requires a gradient; unfreeze some"
             )
+        self._shards = shards_of(params)
+        if self._shards is not None and (reason := self.whole_only):
+            raise _validate.SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
+        self._parts = local(params)
         self._scale, self._gradient_scale = scale, gradient_scale
         self._uses = [0] * len(params)
         # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
         # used.
-        size = sum(p.numel() for p in params) + len(params)
+        size = sum(p.numel() for p in self._parts) + len(params)
         self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
 
     def attach(
@@ -187,6 +213,8 @@ class LazyCurvature:
         """
         if self._total is None:
             return loss
+        if self._shards is not None:
+            return self._attach_sharded(Evaluation(loss, logits, labels), size, again)
         part = self._part(size, batch_size)
         self._attached += 1
         if part == 0:
@@ -220,6 +248,44 @@ class LazyCurvature:
 
         return _Delivery.apply(loss.detach(), deliver, *used)
 
+    def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
+        """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
+
+        FSDP2 averages in every backward, and leaves each rank the gradient of its part. So the loss that is
+        differentiated is the mean over all ranks, in which every sample counts alike.
+        """
+        assert self._shards is not None
+        self._attached += 1
+        self._look_for_kinks(evaluation.loss)
+        samples = torch.tensor(float(size or 1), device=evaluation.loss.device)
+        mean = samples.clone()
+        average_(mean)
+        weight = (samples / mean).item()
+        gradients = ByBackward(self._params, weight)
+        batch = Microbatch(
+            evaluation,
+            grads=gradients(evaluation.loss, True) if self.evaluates_again else (),
+            params=self._parts,
+            # The probe is that of this rank's part of the parameters, the labels those of its samples.
+            keys=self._keys(self._shards.part if self.evaluates_again else rank()),
+            size=size,
+            again=again,
+            # What is not evaluated again has the graph that the loss still needs.
+            gradients=gradients if self.evaluates_again else lambda loss, _: gradients(loss, True),
+            spread=world_size() / weight,
+        )
+        diagonals = ESTIMATORS[self.estimator](batch)
+        used = sorted(gradients.used)
+        self._gather([diagonals[i] for i in used], used, mean)
+        loss = evaluation.loss.clone()
+        loss.register_hook(self._skip)
+        return loss
+
+    def _keys(self, own: int) -> list[tuple[int, ...]]:
+        """One key per draw for the running microbatch, of this rank alone."""
+        microbatch = self._attached - 1
+        return [(self.seed, self._step, own, microbatch, sample) for sample in range(self.samples)]
+
     def _gradients(
         self, loss: Tensor, wrt: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
@@ -243,12 +309,8 @@ class LazyCurvature:
         self, evaluation: Evaluation, wrt: Sequence[Tensor], size: int | None, again: Again | None
     ) -> tuple[tuple[Tensor | None, ...], list[int], list[Tensor]]:
         """Return the gradients, which of our parameters the loss uses, and the estimate for those."""
-        if not self._looked_for_kinks:
-            self._looked_for_kinks = True
-            _warn_of_kinks(evaluation.loss)
-        microbatch = self._attached - 1
-        keys = [(self.seed, self._step, rank(), microbatch, sample) for sample in range(self.samples)]
-        loss = evaluation.loss
+        self._look_for_kinks(evaluation.loss)
+        keys, loss = self._keys(rank()), evaluation.loss
         if self.second_order and self._gradient_scale == 1:
             all_grads = of_loss = differentiable_gradients(loss, wrt)
         elif self.second_order:  # at the gradient's scale the second derivative overflows, and at its own the
@@ -263,11 +325,18 @@ class LazyCurvature:
         batch = Microbatch(evaluation, grads, [self._params[i] for i in own], keys, size, again, self._scale)
         return all_grads, own, ESTIMATORS[self.estimator](batch)
 
+    def _look_for_kinks(self, loss: Tensor) -> None:
+        if not self._looked_for_kinks:
+            self._looked_for_kinks = True
+            _warn_of_kinks(loss)
+
     def _add(self, diagonals: list[Tensor], own: list[int], weight: Tensor, share: float) -> None:
-        assert self._total is not None
         self._delivered += 1
         self._weight = self._weight + weight
-        weight = weight * share
+        self._gather(diagonals, own, weight * share)
+
+    def _gather(self, diagonals: list[Tensor], own: list[int], weight: Tensor) -> None:
+        assert self._total is not None
         self._weight_estimated = self._weight_estimated + weight
         if own:
             diagonal, _ = self._split(self._total)
@@ -281,8 +350,8 @@ class LazyCurvature:
         self._weight = self._weight + weight.reshape(()) / self._gradient_scale
 
     def _split(self, total: Tensor) -> tuple[list[Tensor], Tensor]:
-        entries = total.numel() - len(self._params)
-        return unflatten(total[:entries], self._params), total[entries:]
+        entries = total.numel() - len(self._parts)
+        return unflatten(total[:entries], self._parts), total[entries:]
 
     def finish(self) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
         """Average the estimate over the ranks, and end the pass.
@@ -294,26 +363,31 @@ class LazyCurvature:
         Raises:
             RuntimeError: a loss of this pass did not come by `attach`, or its backward was not called.
         """
-        total, params = self._total, self._params
+        total, params, shards = self._total, self._params, self._shards
         if total is None or not self._attached or self._delivered != self._attached:
             raise RuntimeError(
                 f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
         diagonal, counts = self._split(total)
-        if self.batch_fraction < 1:  # as if the samples estimated on were the whole batch
+        if shards is not None:
+            average_(torch.as_tensor(self._weight))
+        if shards is not None or self.batch_fraction < 1:  # as if what was estimated on were the whole batch
             total.mul_(self._weight / self._weight_estimated)
         counts.copy_(torch.tensor(self._uses))
-        average_(total)
+        if shards is None:
+            average_(total)
         self.reset()
         entries = total[: -len(params)]
-        # One read-out: the mean tells whether all entries are finite.
-        summary = torch.stack([entries.abs().mean(), (entries < 0).to(entries.dtype).mean()])
-        mean_abs, negative, *used = torch.cat([summary, counts]).tolist()
-        if not math.isfinite(mean_abs):
+        # One read-out: the sum tells whether all entries are finite.
+        sums = torch.stack([entries.abs().sum(), (entries < 0).sum(), total.new_tensor(entries.numel())])
+        if shards is not None:
+            dist.all_reduce(sums, group=shards.group)
+        magnitude, negative, number, *used = torch.cat([sums, counts]).tolist()
+        if not math.isfinite(magnitude):
             return None, {}
         measured = {p: h for p, h, count in zip(params, diagonal, used, strict=True) if count > 0}
-        return measured, {"mean_abs": mean_abs, "negative_fraction": negative}
+        return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
 
 
 class _Delivery(torch.autograd.Function):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
+from composer_sassha._ranks import any_rank
+from composer_sassha._sharding import local, shards_of
 from composer_sassha._tensors import as_dtype, wide_dtype
 
 
@@ -115,7 +117,7 @@ class SecondOrderOptimizer(Optimizer):
         fresh = not self.state
         self._init_state()
         learning = any(group["lr"] > 0 for group in self.param_groups)
-        if fresh and not learning and not any(grad.any() for grad in grads.values()):
+        if fresh and not learning and not self._any_gradient(list(grads.values())):
             # Saving and loading a checkpoint step a fresh optimizer with zero gradients, only to have its
             # state made.
             return loss
@@ -133,8 +135,8 @@ class SecondOrderOptimizer(Optimizer):
         """Average a fresh estimate of the Hessian's diagonal into the state, as of the coming step.
 
         Args:
-            diagonal: for each parameter an estimate of the parameter's shape, finite, of either sign. A
-                parameter without an entry keeps its average.
+            diagonal: for each parameter an estimate of the parameter's shape (of a sharded one, of this
+                rank's part), finite, of either sign. A parameter without an entry keeps its average.
 
         Raises:
             ValueError: a tensor that this optimizer does not train, or an estimate of another shape.
@@ -145,15 +147,17 @@ class SecondOrderOptimizer(Optimizer):
                 raise ValueError(
                     f"{owner}: an estimate for a tensor of shape {tuple(p.shape)} that is not trained here"
                 )
-            if h.shape != p.shape:
+            (part,) = local([p])
+            if h.shape != part.shape:
                 raise ValueError(
-                    f"{owner}: an estimate of shape {tuple(h.shape)} for a parameter of {tuple(p.shape)}"
+                    f"{owner}: an estimate of shape {tuple(h.shape)} for a parameter of {tuple(part.shape)}"
                 )
         self._init_state()
         fresh = []
         for params, group in self._lists(diagonal):
             states = [self.state[p] for p in params]
-            estimates = [diagonal[p].to(self.state[p][self._average]) for p in params]
+            averages = kept(states, self._average)
+            estimates = [diagonal[p].to(average) for p, average in zip(params, averages, strict=True)]
             fresh.append((states, self._prepare(estimates, group), group))
         for states, estimates, group in fresh:  # all that needs memory is done
             self._absorb(states, estimates, group)
@@ -174,8 +178,8 @@ class SecondOrderOptimizer(Optimizer):
         """All that needs memory comes first: when there is none, nothing has changed yet."""
         lr, decay = group["lr"], group["weight_decay"]
         states = [self.state[p] for p in params]
-        averages = [state["exp_avg"] for state in states]
-        grads = as_dtype(grads, averages[0].dtype)
+        averages = kept(states, "exp_avg")
+        params, grads = local(params), as_dtype(local(grads), averages[0].dtype)
         ready = [i for i, state in enumerate(states) if state["hessian_step"]]
         if ready:
             params, ready_states = [params[i] for i in ready], [states[i] for i in ready]
@@ -192,6 +196,11 @@ class SecondOrderOptimizer(Optimizer):
         self._update(weights, ready_states, denominators, group)
         if weights is not params:
             torch._foreach_copy_(params, weights)
+
+    def _any_gradient(self, grads: list[Tensor]) -> bool:
+        """Whether any gradient has an entry that is not zero, on any of the ranks that share it."""
+        here = any(grad.any() for grad in local(grads))
+        return any_rank(torch.tensor(here, device=grads[0].device)) if grads and shards_of(grads) else here
 
     def _lists(self, chosen: Collection[Tensor]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """Yield the chosen parameters in the lists that one call of a rule works on, and their group."""
@@ -221,6 +230,11 @@ class SecondOrderOptimizer(Optimizer):
                 }
 
 
+def kept(states: Iterable[Mapping[str, Any]], name: str) -> list[Tensor]:
+    """Return what the parameters' states have under a name; of sharded ones, the part that is here."""
+    return local(state[name] for state in states)
+
+
 def corrected_denominators(
     averages: list[Tensor], ages: list[int], power: float, group: dict[str, Any]
 ) -> list[Tensor]:
@@ -244,6 +258,6 @@ def corrected_step(
     weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
 ) -> None:
     """Move the weights by `-lr * (m / (1 - b1**t)) / denominator`, in place."""
-    averages = [state["exp_avg"] for state in states]
+    averages = kept(states, "exp_avg")
     rates = [-group["lr"] / (1 - group["betas"][0] ** state["step"]) for state in states]
     torch._foreach_addcdiv_(weights, averages, denominators, rates)

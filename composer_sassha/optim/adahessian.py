@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from composer_sassha import _validate
-from composer_sassha.optim._second_order import SecondOrderOptimizer, corrected_denominators, corrected_step
+from composer_sassha.optim._second_order import (
+    SecondOrderOptimizer,
+    corrected_denominators,
+    corrected_step,
+    kept,
+)
 
 
 class AdaHessian(SecondOrderOptimizer):
@@ -103,12 +108,12 @@ class AdaHessian(SecondOrderOptimizer):
 
     def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
         beta2 = group["betas"][1]
-        averages = [state["exp_hessian_sq"] for state in states]
+        averages = kept(states, "exp_hessian_sq")
         torch._foreach_mul_(averages, beta2)
         torch._foreach_addcmul_(averages, estimates, estimates, 1 - beta2)
 
     def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
-        averages, ages = [s["exp_hessian_sq"] for s in states], [s["hessian_step"] for s in states]
+        averages, ages = kept(states, "exp_hessian_sq"), [state["hessian_step"] for state in states]
         return corrected_denominators(averages, ages, group["hessian_power"] / 2, group)
 
     def _update(

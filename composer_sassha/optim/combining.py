@@ -4,19 +4,31 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from composer_sassha._ranks import average_, several
+from composer_sassha._sharding import local
 from composer_sassha._tensors import flatten, unflatten
 from composer_sassha.perturbations import Perturbation
 
 
 def flat_gradient(params: Sequence[Tensor]) -> Tensor:
     """Copy the gradients into one vector; a parameter without one counts as zero."""
-    return flatten([p.grad for p in params], like=params)
+    return flat([p.grad for p in params], params)
+
+
+def flat(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """Copy what there is of each parameter into one vector: of sharded ones, of the part that is here."""
+    return flatten(local(tensors), like=local(params))
 
 
 def combine(
-    perturbation: Perturbation, params: Sequence[Tensor], ascent: Tensor, *, average: bool
+    perturbation: Perturbation,
+    params: Sequence[Tensor],
+    ascent: Tensor,
+    *,
+    average: bool,
+    shards: ProcessGroup | None = None,
 ) -> Tensor | None:
     """Put the perturbation's update in the place of the gradients at w + e.
 
@@ -25,13 +37,14 @@ def combine(
         params: the optimizer's trainable parameters.
         ascent: their gradient at w.
         average: the gradients are this rank's own: average the update over the ranks.
+        shards: the ranks that hold the other parts of sharded parameters.
 
     Returns:
         The vector to remember, averaged likewise, if there is one.
     """
     if not params:
         return None
-    update, remembered = perturbation.combine(ascent, flat_gradient(params))
+    update, remembered = perturbation.combine(ascent, flat_gradient(params), shards)
     used = [p.grad is not None for p in params]
     if average and several():
         # One collective for all of it. A parameter that no rank has used is to stay without a gradient.
@@ -45,27 +58,33 @@ def combine(
     return remembered
 
 
-def reuse(perturbation: Perturbation, params: Sequence[Tensor], remembered: Sequence[Tensor | None]) -> None:
+def reuse(
+    perturbation: Perturbation,
+    params: Sequence[Tensor],
+    remembered: Sequence[Tensor | None],
+    *,
+    shards: ProcessGroup | None = None,
+) -> None:
     """Work what the perturbation remembers into the gradients of a step without an ascent.
 
     Args:
         perturbation: makes the update of the two.
         params: the optimizer's trainable parameters.
         remembered: what is kept for each; None is zero.
+        shards: the ranks that hold the other parts of sharded parameters.
     """
     if not params:
         return
-    update = perturbation.reuse(flat_gradient(params), flatten(remembered, like=params))
+    update = perturbation.reuse(flat_gradient(params), flat(remembered, params), shards)
     _set_gradient(params, update, [p.grad is not None for p in params])
 
 
 def _set_gradient(params: Sequence[Tensor], update: Tensor, used: Sequence[bool]) -> None:
-    chosen = [
-        (p, piece) for p, piece, use in zip(params, unflatten(update, params), used, strict=True) if use
-    ]
+    pieces = unflatten(update, local(params))
+    chosen = [(p, piece) for p, piece, use in zip(params, pieces, used, strict=True) if use]
     for p, _ in chosen:
         if p.grad is None:  # another rank has used it
             p.grad = torch.empty_like(p)
     if chosen:
-        grads = [p.grad for p, _ in chosen if p.grad is not None]
+        grads = local([p.grad for p, _ in chosen if p.grad is not None])
         torch._foreach_copy_(grads, [piece for _, piece in chosen])

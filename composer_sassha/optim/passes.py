@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from composer_sassha._sharding import is_sharded
 from composer_sassha._tensors import copy_of
 
 Closure = Callable[..., Any]
@@ -30,12 +31,12 @@ class PassRunner:
     def must_synchronize(self) -> bool:
         """Whether every pass has to be synchronized.
 
-        DDP with find_unused_parameters remembers from an unsynchronized pass which parameters were used, and
-        fails where the next pass uses others.
+        FSDP2 averages in every backward. DDP with find_unused_parameters remembers from an unsynchronized
+        pass which parameters were used, and fails where the next pass uses others.
         """
-        return isinstance(self.model, DistributedDataParallel) and getattr(
-            self.model, "find_unused_parameters", False
-        )
+        if isinstance(self.model, DistributedDataParallel):
+            return getattr(self.model, "find_unused_parameters", False)
+        return is_sharded(self.model)
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
         """Run one pass and return the closure's loss, or None if the gradient overflowed.

@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from composer_sassha import _validate
-from composer_sassha.optim._second_order import SecondOrderOptimizer, corrected_denominators, corrected_step
+from composer_sassha.optim._second_order import (
+    SecondOrderOptimizer,
+    corrected_denominators,
+    corrected_step,
+    kept,
+)
 
 
 class SASSHA(SecondOrderOptimizer):
@@ -84,14 +89,14 @@ class SASSHA(SecondOrderOptimizer):
         return list(torch._foreach_abs(estimates))
 
     def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
-        averages = [state["exp_hessian"] for state in states]
+        averages = kept(states, "exp_hessian")
         torch._foreach_lerp_(averages, estimates, 1 - group["betas"][1])
 
     def _age(self, state: dict[str, Any]) -> int:
         return state["step"] + 1  # counted in steps, as the authors do
 
     def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
-        averages, ages = [s["exp_hessian"] for s in states], [s["hessian_step"] for s in states]
+        averages, ages = kept(states, "exp_hessian"), [state["hessian_step"] for state in states]
         return corrected_denominators(averages, ages, group["hessian_power"], group)
 
     def _update(

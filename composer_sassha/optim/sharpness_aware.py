@@ -4,17 +4,19 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
 from composer_sassha._ranks import rank
+from composer_sassha._sharding import Shards, local, reshard, shards_of
 from composer_sassha._tensors import restored, unflatten
 from composer_sassha.curvature import BatchNormInFloat32, LazyCurvature
 from composer_sassha.optim.combining import combine, flat_gradient, reuse
@@ -296,14 +298,11 @@ class SharpnessAwareOptimizer(Optimizer):
             loss = _checked(self.runner.run(closure))
             if loss is not None and perturbation is not None and perturbation.remembers:
                 params = self._trainable()
-                reuse(
-                    perturbation, params, [self.state.get(p, {}).get(perturbation.remembers) for p in params]
-                )
+                remembered = [self.state.get(p, {}).get(perturbation.remembers) for p in params]
+                reuse(perturbation, params, remembered, shards=self._shard_group())
             return loss, None
         if not perturbation.ascends:
-            params = self._trainable()
-            with restored(params) as weights:
-                self._displace(params, weights, perturbation)
+            with self._displaced(self._trainable(), perturbation):
                 self._prepare_refresh()
                 return _checked(self.runner.run(closure)), None
 
@@ -321,8 +320,7 @@ class SharpnessAwareOptimizer(Optimizer):
             raise RuntimeError("sparse gradients cannot perturb; build the embedding with sparse=False")
         ascent = flat_gradient(self._trainable()) if perturbation.mixes else None
         alone = perturbation.mixes and not sync  # the ranks' gradients meet in the combination
-        with restored(params) as weights:
-            self._displace(params, weights, perturbation)
+        with self._displaced(params, perturbation):
             self.zero_grad()  # the closure does too, or should; and the descent wants their memory
             self._prepare_refresh()
             self.phase = "descent"
@@ -333,33 +331,69 @@ class SharpnessAwareOptimizer(Optimizer):
         self.metrics.update(perturbation.metrics(perturbed_loss - loss))
         if ascent is None:
             return loss, None
-        return loss, combine(perturbation, self._trainable(), ascent, average=alone)
+        return loss, combine(
+            perturbation, self._trainable(), ascent, average=alone, shards=self._shard_group()
+        )
 
-    def _displace(self, params: list[Tensor], weights: list[Tensor], perturbation: Perturbation) -> None:
-        found = perturbation.displace(self._point(params, perturbation))
-        self.metrics.update(found)
-        coarse = [(p, w) for p, w in zip(params, weights, strict=True) if torch.finfo(p.dtype).bits < 32]
-        if coarse and not self._rounding_checked and any(value > 0 for value in found.values()):
-            self._rounding_checked = True
-            moved = sum((p != w).sum().item() for p, w in coarse) / sum(p.numel() for p, _ in coarse)
-            if moved < 0.5:
-                warnings.warn(
-                    f"the perturbation moves {moved:.0%} of the entries of {coarse[0][0].dtype} parameters, "
-                    "the others are lost in rounding; take a larger rho, or float32 parameters and "
-                    "precision='amp_bf16'",
-                    stacklevel=4,
-                )
+    @contextlib.contextmanager
+    def _displaced(self, params: list[Tensor], perturbation: Perturbation) -> Iterator[None]:
+        """Have the parameters at w + e, and then back at exactly w."""
+        shards = self._shards()
+        try:
+            with restored(local(params)) as weights:
+                found = perturbation.displace(self._point(params, perturbation, shards))
+                self.metrics.update(found)
+                if any(value > 0 for value in found.values()):
+                    self._check_rounding(local(params), weights)
+                if shards is not None:  # FSDP2 may have gathered w before, for an evaluation
+                    reshard(self.model)
+                yield
+        finally:
+            if shards is not None:  # and now w + e, for a pass that did not come to its end
+                reshard(self.model)
 
-    def _point(self, params: list[Tensor], perturbation: Perturbation) -> Point:
+    def _check_rounding(self, displaced: list[Tensor], weights: list[Tensor]) -> None:
+        coarse = [(p, w) for p, w in zip(displaced, weights, strict=True) if torch.finfo(p.dtype).bits < 32]
+        entries = sum(p.numel() for p, _ in coarse)
+        if not entries or self._rounding_checked:
+            return
+        self._rounding_checked = True
+        moved = sum((p != w).sum().item() for p, w in coarse) / entries
+        if moved < 0.5:
+            warnings.warn(
+                f"the perturbation moves {moved:.0%} of the entries of {coarse[0][0].dtype} parameters, "
+                "the others are lost in rounding; take a larger rho, or float32 parameters and "
+                "precision='amp_bf16'",
+                stacklevel=5,
+            )
+
+    def _point(self, params: list[Tensor], perturbation: Perturbation, shards: Shards | None) -> Point:
+        states = [self.state.get(p, {}) for p in params]
+        if shards is not None:
+            states = [dict(zip(state, local(state.values()), strict=True)) for state in states]
         return Point(
-            params=params,
-            grads=[p.grad for p in params if p.grad is not None],
+            params=local(params),
+            grads=local(p.grad for p in params if p.grad is not None),
             names=self._names_of(params) if perturbation.names else [],
-            states=[self.state.get(p, {}) for p in params],
+            states=states,
             group=self.param_groups[0],
             step=self.steps_taken,
-            rank=rank(),
+            rank=rank() if shards is None else shards.part,
+            shards=None if shards is None else shards.group,
         )
+
+    def _shards(self) -> Shards | None:
+        shards = shards_of(self._trainable())
+        if shards is not None and self.model is None:
+            raise ValueError(
+                "SharpnessAwareOptimizer: sharded parameters need model=, the module given to fully_shard: "
+                "it has to gather them anew when they are displaced"
+            )
+        return shards
+
+    def _shard_group(self) -> ProcessGroup | None:
+        shards = self._shards()
+        return None if shards is None else shards.group
 
     def _names_of(self, params: list[Tensor]) -> list[str]:
         if self.model is not None and any(p not in self._names for p in params):
@@ -384,10 +418,11 @@ class SharpnessAwareOptimizer(Optimizer):
         for p, zeros in room.items():
             self.state[p][key] = zeros
         if vector is not None:
-            pieces = dict(zip(params := self._trainable(), unflatten(vector, params), strict=True))
+            params = self._trainable()
+            pieces = dict(zip(params, unflatten(vector, local(params)), strict=True))
             kept = [p for p in params if key in self.state.get(p, {})]
             if kept:
-                torch._foreach_copy_([self.state[p][key] for p in kept], [pieces[p] for p in kept])
+                torch._foreach_copy_(local(self.state[p][key] for p in kept), [pieces[p] for p in kept])
 
     def _prepare_refresh(self) -> None:
         if self.curvature is not None and self.refresh_due():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from composer_sassha import _validate
-from composer_sassha.optim._second_order import SecondOrderOptimizer
+from composer_sassha.optim._second_order import SecondOrderOptimizer, kept
 
 
 class Sophia(SecondOrderOptimizer):
@@ -82,11 +82,11 @@ class Sophia(SecondOrderOptimizer):
         _validate.number("Sophia", "clip_threshold", group["clip_threshold"], low=0)
 
     def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
-        averages = [state["exp_hessian"] for state in states]
+        averages = kept(states, "exp_hessian")
         torch._foreach_lerp_(averages, estimates, 1 - group["betas"][1])
 
     def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
-        averages = [state["exp_hessian"] for state in states]
+        averages = kept(states, "exp_hessian")
         denominators = list(torch._foreach_mul(averages, group["clip_threshold"]))
         # A normal number has a finite reciprocal: 0 / eps is 0, and what overflows is clipped.
         tiny = torch.finfo(denominators[0].dtype).tiny
@@ -96,7 +96,7 @@ class Sophia(SecondOrderOptimizer):
     def _update(
         self, weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
     ) -> None:
-        averages = [state["exp_avg"] for state in states]
+        averages = kept(states, "exp_avg")
         steps = denominators  # in the same memory
         torch._foreach_reciprocal_(steps)
         torch._foreach_mul_(steps, averages)

@@ -58,7 +58,7 @@ class ASAMPerturbation(Perturbation):
             scales = torch._foreach_abs([point.params[i] for i in scaled])
             torch._foreach_add_(scales, self.eta)
             torch._foreach_mul_([grads[i] for i in scaled], scales)
-        norm = global_norm(grads)
+        norm = global_norm(grads, point.shards)
         if scale := ratio(self.rho, norm, point.params):
             if scaled:
                 torch._foreach_mul_([grads[i] for i in scaled], scales)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 
@@ -22,7 +23,9 @@ class Point:
         states: what the base optimizer keeps for each, momentum for instance.
         group: the base optimizer's first parameter group, for the learning rate.
         step: the number of steps taken; with `rank` it seeds what is drawn at random.
-        rank: of this process.
+        rank: of this process; of sharded weights, the number of its part.
+        shards: the ranks that hold the other parts of sharded weights (`params`, `grads` and `states` are
+            those of this rank's part); None: the weights are whole.
     """
 
     params: Sequence[Tensor]
@@ -32,6 +35,7 @@ class Point:
     group: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     rank: int = 0
+    shards: ProcessGroup | None = None
 
 
 class Perturbation(ABC):
@@ -67,21 +71,25 @@ class Perturbation(ABC):
         overwritten.
         """
 
-    def combine(self, ascent: Tensor, descent: Tensor) -> tuple[Tensor, Tensor | None]:
+    def combine(
+        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the vector to update with, and the one to remember, if any. Called if `mixes` is set.
 
         Args:
             ascent: the gradient at w; left as it is.
             descent: the gradient at w + e; may be overwritten.
+            shards: the ranks that hold the other parts of the two, see `Point`.
         """
         raise NotImplementedError
 
-    def reuse(self, grad: Tensor, remembered: Tensor) -> Tensor:
+    def reuse(self, grad: Tensor, remembered: Tensor, shards: ProcessGroup | None = None) -> Tensor:
         """Return the vector to update with on a step without an ascent. Called if `remembers` is set.
 
         Args:
             grad: the gradient at w; may be overwritten.
             remembered: what `combine` returned last, zero if nothing yet.
+            shards: the ranks that hold the other parts of the two, see `Point`.
         """
         raise NotImplementedError
 

@@ -49,7 +49,7 @@ class ESAMPerturbation(Perturbation):
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads)
+        norm = global_norm(point.grads, point.shards)
         if scale := ratio(self.rho / self.beta, norm, point.params):
             grads = list(point.grads)
             if self.beta < 1:

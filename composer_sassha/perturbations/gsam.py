@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from composer_sassha import _validate
+from composer_sassha._tensors import inner_products
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -35,6 +36,7 @@ class GSAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
+        >>> import torch
         >>> gsam = GSAMPerturbation(alpha=0.5)
         >>> gsam.combine(ascent=torch.tensor([3.0, 2.0]), descent=torch.tensor([4.0, 0.0]))[0]
         tensor([ 4., -1.])
@@ -87,9 +89,11 @@ class GSAMPerturbation(Perturbation):
                 f"optimizer starts from, {largest!r}"
             )
 
-    def combine(self, ascent: Tensor, descent: Tensor) -> tuple[Tensor, None]:
+    def combine(
+        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
+    ) -> tuple[Tensor, None]:
         """Return g_p - alpha * g_orth; see `Perturbation`."""
-        inner, norm = torch.stack([torch.dot(ascent, descent), torch.dot(descent, descent)]).tolist()
+        inner, norm = inner_products([(ascent, descent), (descent, descent)], shards)
         if not (math.isfinite(inner) and 0 < norm < math.inf):
             return descent, None
         # g_orth = g - (<g, g_p> / ||g_p||^2) g_p

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from composer_sassha import _validate
+from composer_sassha._tensors import euclidean_norms, inner_products
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -49,16 +51,18 @@ class LookSAMPerturbation(Perturbation):
         """Move the weights by e; see `Perturbation`."""
         return SAMPerturbation(self.rho).displace(point)
 
-    def combine(self, ascent: Tensor, descent: Tensor) -> tuple[Tensor, Tensor]:
+    def combine(
+        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return g_s and g_v; see `Perturbation`."""
-        inner, norm = torch.stack([torch.dot(ascent, descent), torch.dot(ascent, ascent)]).tolist()
+        inner, norm = inner_products([(ascent, descent), (ascent, ascent)], shards)
         if not (math.isfinite(inner) and 0 < norm < math.inf):
             return descent, torch.zeros_like(descent)  # there is no direction to be orthogonal to
         return descent, descent.sub(ascent, alpha=inner / norm)
 
-    def reuse(self, grad: Tensor, remembered: Tensor) -> Tensor:
+    def reuse(self, grad: Tensor, remembered: Tensor, shards: ProcessGroup | None = None) -> Tensor:
         """Return g with g_v added at alpha times g's norm; see `Perturbation`."""
-        norm, kept = torch.stack([torch.linalg.vector_norm(v) for v in (grad, remembered)]).tolist()
+        norm, kept = euclidean_norms([grad, remembered], shards)
         if not (math.isfinite(norm) and 0 < kept < math.inf):
             return grad
         return grad.add_(remembered, alpha=self.alpha * norm / kept)

@@ -51,7 +51,7 @@ class MSAMPerturbation(Perturbation):
             if (m := _momentum(state)) is not None
         ]
         params, momenta = [p for p, _ in moving], [m for _, m in moving]
-        norm = global_norm(momenta)
+        norm = global_norm(momenta, point.shards)
         if scale := ratio(self.rho, norm, params):
             torch._foreach_add_(params, momenta, alpha=-scale)
         return {"rho": self.rho, "momentum_norm": norm}

@@ -43,7 +43,7 @@ class SAMPerturbation(Perturbation):
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads)
+        norm = global_norm(point.grads, point.shards)
         if self.p == math.inf and 0 < norm < math.inf:
             torch._foreach_add_(list(point.params), torch._foreach_sign(list(point.grads)), alpha=self.rho)
         elif self.p == 2 and (scale := ratio(self.rho, norm, point.params)):

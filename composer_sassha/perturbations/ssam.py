@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from composer_sassha import _validate
+from composer_sassha._tensors import euclidean_norms
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -24,6 +25,7 @@ class SSAMPerturbation(Perturbation):
         TypeError, ValueError: `rho` is not a finite number >= 0.
 
     Example:
+        >>> import torch
         >>> SSAMPerturbation().combine(ascent=torch.tensor([0.0, 1.0]), descent=torch.tensor([3.0, 4.0]))[0]
         tensor([0.6000, 0.8000])
     """
@@ -40,12 +42,14 @@ class SSAMPerturbation(Perturbation):
         """Move the weights by e; see `Perturbation`."""
         return SAMPerturbation(self.rho).displace(point)
 
-    def combine(self, ascent: Tensor, descent: Tensor) -> tuple[Tensor, None]:
+    def combine(
+        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
+    ) -> tuple[Tensor, None]:
         """Return the renormalized gradient; see `Perturbation`."""
-        return renormalized(descent, like=ascent), None
+        return renormalized(descent, ascent, shards), None
 
 
-def renormalized(vector: Tensor, like: Tensor) -> Tensor:
+def renormalized(vector: Tensor, like: Tensor, shards: ProcessGroup | None = None) -> Tensor:
     """Give `vector`, in place, the Euclidean norm of another; left as it is where that cannot be."""
-    target, norm = torch.stack([torch.linalg.vector_norm(v) for v in (like, vector)]).tolist()
+    target, norm = euclidean_norms([like, vector], shards)
     return vector.mul_(target / norm) if math.isfinite(target) and 0 < norm < math.inf else vector

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from composer_sassha import _validate
 from composer_sassha._tensors import global_norm
@@ -42,11 +43,13 @@ class USAMPerturbation(Perturbation):
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads)
+        norm = global_norm(point.grads, point.shards)
         if 0 < norm < math.inf:
             torch._foreach_add_(list(point.params), list(point.grads), alpha=self.rho)
         return {"rho": self.rho, "grad_norm": norm}
 
-    def combine(self, ascent: Tensor, descent: Tensor) -> tuple[Tensor, None]:
+    def combine(
+        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
+    ) -> tuple[Tensor, None]:
         """Return the renormalized gradient; see `Perturbation`."""
-        return renormalized(descent, like=ascent), None
+        return renormalized(descent, ascent, shards), None

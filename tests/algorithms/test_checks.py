@@ -4,7 +4,7 @@ import composer.algorithms
 import pytest
 import torch
 from composer.algorithms import MixUp
-from composer.utils import FSDP2Config
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
 from composer_sassha import (
     ASAM,
@@ -94,9 +94,25 @@ def test_a_wrapped_optimizer_with_no_algorithm_says_what_to_do():
     run.close()
 
 
-def test_sharded_training_is_refused():
-    with pytest.raises(ValueError, match="sharded"):
-        trainer(sgd, [SAM()], parallelism_config={"fsdp": FSDP2Config()})
+def test_the_first_fsdp_is_refused():
+    with pytest.raises(ValueError, match=r"does not support FSDP1; shard with .*FSDP2Config"):
+        trainer(sgd, [SAM()], parallelism_config={"fsdp": FSDPConfig()})
+
+
+@pytest.mark.parametrize(
+    ("hessian", "reason"),
+    [
+        (
+            LazyHessian(),
+            "'hutchinson' is not allowed with sharded parameters .* use estimator='gauss_newton'",
+        ),
+        (LazyHessian(estimator="empirical_fisher"), "'empirical_fisher' is not allowed with sharded"),
+        (LazyHessian(estimator="gauss_newton", batch_fraction=0.5), "batch_fraction=0.5 is not allowed"),
+    ],
+)
+def test_a_hessian_of_whole_parameters_is_refused_for_sharded_ones(hessian, reason):
+    with pytest.raises(ValueError, match=reason):
+        trainer(sassha, [hessian], parallelism_config={"fsdp": FSDP2Config()})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""The gradients of a loss: of whole parameters by autograd, of sharded ones by an ordinary backward."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from composer_sassha._sharding import local
+
+# Given a loss, and whether its graph is to be kept, the gradient of every parameter: zero if it is not used.
+Gradients = Callable[[Tensor, bool], Sequence[Tensor]]
+
+
+def by_autograd(params: Sequence[Tensor]) -> Gradients:
+    """Differentiate with respect to these parameters, and leave their `grad` alone.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> by_autograd([w])((w**2).sum(), False)
+        (tensor([2., 4.]),)
+    """
+
+    def gradients(loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
+        return torch.autograd.grad(loss, params, retain_graph=retain_graph, materialize_grads=True)
+
+    return gradients
+
+
+class ByBackward:
+    """Differentiates as FSDP2 can: by a backward that averages over the ranks and leaves each its part.
+
+    Args:
+        params: sharded parameters. Their `grad` is put back.
+        weight: what this rank's loss counts for in the average.
+    """
+
+    def __init__(self, params: Sequence[Tensor], weight: float) -> None:
+        self.params, self.weight = params, weight
+        self.used: set[int] = set()  # which parameters have had a gradient
+
+    def __call__(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
+        kept = [p.grad for p in self.params]
+        try:
+            for p in self.params:
+                p.grad = None
+            (loss * self.weight).backward(retain_graph=retain_graph)
+            found = local(p.grad for p in self.params)
+        finally:
+            for p, grad in zip(self.params, kept, strict=True):
+                p.grad = grad
+        self.used |= {i for i, grad in enumerate(found) if grad is not None}
+        parts = local(self.params)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parts, found, strict=True)]
