@@ -48,8 +48,9 @@ def is_sharded(model: nn.Module | None) -> bool:
     return model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def reshard(model: nn.Module | None) -> None:
-    """Have FSDP2 gather the parameters anew before it uses them: somebody has written into the parts."""
+def forget_copies(model: nn.Module | None) -> None:
+    """Forget what autocast and FSDP2 have copied from the parameters: somebody has written into them."""
+    torch.clear_autocast_cache()
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):
             module.reshard()

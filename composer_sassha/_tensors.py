@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,12 +10,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def copy_into(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy each tensor into another, dtype by dtype.
+
+    One call over targets of several dtypes writes wrong values on CUDA (pytorch/pytorch issue 173383).
+    """
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, tensor in zip(targets, tensors, strict=True):
+        into, given = by_dtype[target.dtype]
+        into.append(target)
+        given.append(tensor)
+    with torch.no_grad():
+        for into, given in by_dtype.values():
+            torch._foreach_copy_(into, given)
+
+
 def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Clone every tensor, into another dtype if one is given."""
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
-    if copies:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, list(tensors))
+    copy_into(copies, tensors)
     return copies
 
 
@@ -25,9 +39,7 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     try:
         yield values
     finally:
-        if tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(list(tensors), values)  # by copy: (w + e) - e is not w in floating point
+        copy_into(tensors, values)  # by copy: (w + e) - e is not w in floating point
 
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

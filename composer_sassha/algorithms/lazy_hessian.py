@@ -15,6 +15,9 @@ from composer_sassha.algorithms._batches import plain, select, size_of
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim.passes import Snapshot
 
+# Under the prefix "hessian".
+LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
+
 
 class LazyHessian(Algorithm):
     """Estimates the Hessian's diagonal every `interval` steps, for the optimizer (SASSHA, arXiv 2502.18153).
@@ -40,8 +43,9 @@ class LazyHessian(Algorithm):
     With a `batch_fraction` below 1, the estimate is taken on the first samples of each rank's batch. A
     microbatch that is partly among them is evaluated again on those samples.
 
-    Logs, on refresh steps, `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes`, and on
-    steps that were skipped their number so far, `hessian/skipped_steps`.
+    Logs, on refresh steps, `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes`; where
+    the estimate was not finite `hessian/failed_refreshes`, and on steps that were skipped
+    `hessian/skipped_steps`, both counted from the start of the process.
 
     Args:
         interval: steps between refreshes, >= 1. Default: 10.
@@ -80,9 +84,9 @@ class LazyHessian(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, on passes that estimate, and at the end of each batch to log."""
-        if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_LOSS):
+        if event in (Event.BEFORE_FORWARD, Event.AFTER_LOSS):
             return self.curvature.active and self.curvature.evaluates_again
-        if event == Event.BEFORE_BACKWARD:
+        if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD):
             return self.curvature.active
         return event in (*_trainer.START, Event.BATCH_END)
 
@@ -108,9 +112,7 @@ class LazyHessian(Algorithm):
         elif event == Event.BEFORE_BACKWARD:
             self._estimate(state)
         else:
-            _trainer.log(
-                state, logger, "hessian", ("mean_abs", "negative_fraction", "refreshes", "skipped_steps")
-            )
+            _trainer.log(state, logger, "hessian", LOGGED)
 
     def _forget(self) -> None:
         self._replay = None

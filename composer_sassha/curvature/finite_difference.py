@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from composer_sassha._tensors import restored
+from composer_sassha._validate import SettingError
 from composer_sassha.curvature.gradients import Gradients, by_autograd
 from composer_sassha.curvature.graph import nodes
 from composer_sassha.curvature.probes import rademacher
@@ -72,11 +73,24 @@ def finite_difference_diagonal(
         with restored(params):
             with torch.no_grad():
                 torch._foreach_add_(list(params), probe, alpha=step)
+            torch.clear_autocast_cache()  # it holds the parameters as they were
             with again() as loss:
                 displaced = gradients(loss, False)
+        torch.clear_autocast_cache()
         differences = torch._foreach_sub(list(displaced), list(grads))
         torch._foreach_addcmul_(total, probe, list(differences), 1 / (step * len(keys)))
     return total
+
+
+def refuse_half_precision(loss: Tensor) -> None:
+    """Raise SettingError if a part of the loss's autograd graph computes in half precision."""
+    dtypes = {made.dtype for node in nodes(loss) for made in node._input_metadata}
+    for dtype in dtypes & {torch.float16, torch.bfloat16}:
+        raise SettingError(
+            f"LazyHessian: estimator='finite_difference' needs a model that computes in float32 or float64, "
+            f"and this one computes in {dtype} (an autocast of its own?), whose errors drown the difference; "
+            "use another estimator"
+        )
 
 
 def kinks(loss: Tensor) -> list[str]:

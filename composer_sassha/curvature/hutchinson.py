@@ -26,7 +26,8 @@ def differentiable_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Te
 
     Functions written in Python can cut that graph without a word, by a backward that computes outside of
     autograd or is marked `once_differentiable`: their part of the Hessian would be missing. One whose forward
-    computes the gradient, and whose backward multiplies it by the one it is given, is not noticed.
+    computes the gradient, and whose backward multiplies it by the one it is given, is not noticed. PyTorch's
+    second derivative of `weight_norm` is wrong (2.6 to 2.11), so that it counts as missing.
 
     Raises:
         SettingError: a function on the way cuts the graph.
@@ -37,7 +38,10 @@ def differentiable_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Te
         (tensor([ 3., 12.], grad_fn=<MulBackward0>),)
     """
     broken: list[str] = []
-    written_in_python = [node for node in nodes(loss) if isinstance(node, BackwardCFunction)]
+    graph = nodes(loss)
+    if any(node.name().startswith("WeightNormInterface") for node in graph):
+        raise _no_second_derivative("weight_norm")
+    written_in_python = [node for node in graph if isinstance(node, BackwardCFunction)]
     handles = [node.register_hook(_watch(node.name(), broken)) for node in written_in_python]
     # A factor of 1 that autograd takes to be a variable: every gradient is linear in it, hence must depend on
     # it, and where one does not, the function before has cut the graph.

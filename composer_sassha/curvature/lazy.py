@@ -15,7 +15,7 @@ from composer_sassha._ranks import average_, rank, world_size
 from composer_sassha._sharding import Shards, local, shards_of
 from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
-from composer_sassha.curvature.finite_difference import kinks
+from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
 from composer_sassha.curvature.gradients import ByBackward
 from composer_sassha.curvature.hutchinson import differentiable_gradients
 
@@ -224,12 +224,15 @@ class LazyCurvature:
 
         everyone = [*self._params, *self._others]
         with _without_hooks(everyone), _reentrant_checkpoints_refused():
+            scale = self._gradient_scale
+            if scale != 1 and size and batch_size:  # the backward of an ordinary step starts from this
+                scale *= size / batch_size
             if part is None:
                 evaluation = Evaluation(loss, logits, labels)
-                all_grads, own, diagonals = self._estimate(evaluation, everyone, size, again)
+                all_grads, own, diagonals = self._estimate(evaluation, everyone, size, again, scale)
             else:
                 # First of all the gradient, so that the graph is freed before the second one is built.
-                all_grads = self._gradients(loss, everyone)
+                all_grads = _gradients(loss, everyone, scale)
                 if again is None:
                     raise ValueError(_what_a_fraction_needs(self.batch_fraction))
                 with again(part) as result:
@@ -286,15 +289,6 @@ class LazyCurvature:
         microbatch = self._attached - 1
         return [(self.seed, self._step, own, microbatch, sample) for sample in range(self.samples)]
 
-    def _gradients(
-        self, loss: Tensor, wrt: Sequence[Tensor], retain_graph: bool = False
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients, taken at the scale of the gradient scaler and freed of it in their dtype."""
-        scale = self._gradient_scale
-        scaled = loss if scale == 1 else loss * scale
-        grads = torch.autograd.grad(scaled, wrt, retain_graph=retain_graph, allow_unused=True)
-        return grads if scale == 1 else tuple(None if grad is None else grad / scale for grad in grads)
-
     def _part(self, size: int | None, batch_size: int | None) -> int | None:
         """Return how many of the microbatch's samples are to be estimated on; None means all."""
         if self.batch_fraction == 1:
@@ -306,19 +300,33 @@ class LazyCurvature:
         return None if size <= left else max(0, left)
 
     def _estimate(
-        self, evaluation: Evaluation, wrt: Sequence[Tensor], size: int | None, again: Again | None
+        self,
+        evaluation: Evaluation,
+        wrt: Sequence[Tensor],
+        size: int | None,
+        again: Again | None,
+        gradient_scale: float | None = None,
     ) -> tuple[tuple[Tensor | None, ...], list[int], list[Tensor]]:
-        """Return the gradients, which of our parameters the loss uses, and the estimate for those."""
+        """Return the gradients, which of our parameters the loss uses, and the estimate for those.
+
+        The gradients are taken at `gradient_scale` and freed of it; None: they are for the estimate alone.
+        """
         self._look_for_kinks(evaluation.loss)
         keys, loss = self._keys(rank()), evaluation.loss
-        if self.second_order and self._gradient_scale == 1:
-            all_grads = of_loss = differentiable_gradients(loss, wrt)
-        elif self.second_order:  # at the gradient's scale the second derivative overflows, and at its own the
-            all_grads = self._gradients(loss, wrt, retain_graph=True)  # gradient might underflow
-            of_loss = differentiable_gradients(loss * self._scale, wrt)
-        else:
-            all_grads = of_loss = self._gradients(loss, wrt, self.estimator == "gauss_newton")
+        scaled = loss if self._scale == 1 else loss * self._scale
+        if not self.second_order:
+            scale = self._scale if gradient_scale is None else gradient_scale
+            all_grads = of_loss = _gradients(loss, wrt, scale, self.estimator == "gauss_newton")
+        elif gradient_scale is None or gradient_scale == self._gradient_scale == 1:
+            all_grads = of_loss = differentiable_gradients(scaled, wrt)
+        else:  # at the gradient's scale the second derivative overflows, at its own the gradient underflows
+            all_grads = _gradients(loss, wrt, gradient_scale, retain_graph=True)
+            of_loss = differentiable_gradients(scaled, wrt)
         found = [(i, grad) for i, grad in enumerate(of_loss[: len(self._params)]) if grad is not None]
+        if any(grad.is_sparse for _, grad in found):
+            raise _validate.SettingError(
+                "LazyHessian: sparse gradients give no estimate; build the embedding with sparse=False"
+            )
         if not found:
             return all_grads, [], []
         own, grads = [i for i, _ in found], [grad for _, grad in found]
@@ -328,6 +336,7 @@ class LazyCurvature:
     def _look_for_kinks(self, loss: Tensor) -> None:
         if not self._looked_for_kinks:
             self._looked_for_kinks = True
+            refuse_half_precision(loss)
             _warn_of_kinks(loss)
 
     def _add(self, diagonals: list[Tensor], own: list[int], weight: Tensor, share: float) -> None:
@@ -436,6 +445,15 @@ def _reentrant_checkpoints_refused() -> Iterator[None]:
             "use_reentrant=False to torch.utils.checkpoint (Hugging Face: "
             "gradient_checkpointing_kwargs={'use_reentrant': False})"
         ) from error
+
+
+def _gradients(
+    loss: Tensor, wrt: Sequence[Tensor], scale: float, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients, of a loss times `scale` and divided by it again; None where there is none."""
+    scaled = loss if scale == 1 else loss * scale
+    grads = torch.autograd.grad(scaled, wrt, retain_graph=retain_graph, allow_unused=True)
+    return grads if scale == 1 else tuple(None if grad is None else grad / scale for grad in grads)
 
 
 def _what_a_fraction_needs(batch_fraction: float) -> str:

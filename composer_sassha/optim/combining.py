@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from composer_sassha._ranks import average_, several
 from composer_sassha._sharding import local
-from composer_sassha._tensors import flatten, unflatten
+from composer_sassha._tensors import copy_into, flatten, unflatten
 from composer_sassha.perturbations import Perturbation
 
 
@@ -85,6 +85,4 @@ def _set_gradient(params: Sequence[Tensor], update: Tensor, used: Sequence[bool]
     for p, _ in chosen:
         if p.grad is None:  # another rank has used it
             p.grad = torch.empty_like(p)
-    if chosen:
-        grads = local([p.grad for p, _ in chosen if p.grad is not None])
-        torch._foreach_copy_(grads, [piece for _, piece in chosen])
+    copy_into(local(p.grad for p, _ in chosen), [piece for _, piece in chosen])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_sassha._sharding import is_sharded
-from composer_sassha._tensors import copy_of
+from composer_sassha._tensors import copy_into, copy_of
 
 Closure = Callable[..., Any]
 
@@ -104,13 +104,13 @@ class Snapshot:
             torch.cuda.set_rng_state(state, device)
         for module, name, buffer in self._buffers:
             module._buffers[name] = buffer
-        if self._writable:
-            with torch.no_grad():
-                torch._foreach_copy_(self._writable, self._values)
+        copy_into(self._writable, self._values)
 
 
 def _is_writable(buffer: Tensor) -> bool:
-    """Neither made in inference mode nor expanded: nobody can write into those in place."""
+    """Neither made in inference mode, nor expanded, nor compressed: nobody can write into those in place."""
+    if buffer.layout not in (torch.strided, torch.sparse_coo):
+        return False
     expanded = any(
         stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
     )

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from torch.optim import Optimizer
 
 from composer_sassha import _validate
 from composer_sassha._ranks import rank
-from composer_sassha._sharding import Shards, local, reshard, shards_of
-from composer_sassha._tensors import restored, unflatten
+from composer_sassha._sharding import Shards, forget_copies, local, shards_of
+from composer_sassha._tensors import copy_into, restored, unflatten
 from composer_sassha.curvature import BatchNormInFloat32, LazyCurvature
 from composer_sassha.optim.combining import combine, flat_gradient, reuse
 from composer_sassha.optim.passes import Closure, PassRunner, Snapshot
@@ -123,10 +124,11 @@ class SharpnessAwareOptimizer(Optimizer):
         self.phase: Literal["ascent", "descent"] | None = None
         # What the perturbation and the refresh have to say about the latest step.
         self.metrics: dict[str, Any] = {}
-        self.skipped_steps = 0
+        self.skipped_steps = self.failed_refreshes = 0  # since this process began
         self._failures = 0  # refreshes in a row that were not finite
         self._scaler: GradScaler | None = None  # of the running step
-        self._rounding_checked = False  # whether displacements of coarse parameters have been looked at
+        self._rounding_checked = False  # whether a displacement of coarse parameters has been looked at
+        self._warned_of_norm = False
         self._fill_counters()
 
     def set_perturbation(
@@ -140,6 +142,11 @@ class SharpnessAwareOptimizer(Optimizer):
             )
         if perturbation is not None:
             perturbation.check(self.base_optimizer)
+            if found := [p.dtype for p in self._params() if p.is_complex()]:
+                raise TypeError(
+                    f"SharpnessAwareOptimizer: a parameter of dtype {found[0]} cannot be perturbed; keep it "
+                    "as real numbers, and use torch.view_as_complex in the model"
+                )
         self.perturbation = perturbation
         self.interval = _validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
         self.sync_ascent = _validate.boolean("SharpnessAwareOptimizer", "sync_ascent", sync_ascent)
@@ -339,32 +346,45 @@ class SharpnessAwareOptimizer(Optimizer):
     def _displaced(self, params: list[Tensor], perturbation: Perturbation) -> Iterator[None]:
         """Have the parameters at w + e, and then back at exactly w."""
         shards = self._shards()
+        sharded = None if shards is None else self.model
         try:
             with restored(local(params)) as weights:
-                found = perturbation.displace(self._point(params, perturbation, shards))
+                point = self._point(params, perturbation, shards)
+                found = perturbation.displace(point)
                 self.metrics.update(found)
-                if any(value > 0 for value in found.values()):
-                    self._check_rounding(local(params), weights)
-                if shards is not None:  # FSDP2 may have gathered w before, for an evaluation
-                    reshard(self.model)
+                self._check_displacement(
+                    point, weights, found.get("grad_norm", found.get("momentum_norm", 0))
+                )
+                forget_copies(sharded)  # FSDP2 may have gathered w before, for an evaluation
                 yield
         finally:
-            if shards is not None:  # and now w + e, for a pass that did not come to its end
-                reshard(self.model)
+            forget_copies(sharded)  # and now w + e, for a pass that did not come to its end
 
-    def _check_rounding(self, displaced: list[Tensor], weights: list[Tensor]) -> None:
-        coarse = [(p, w) for p, w in zip(displaced, weights, strict=True) if torch.finfo(p.dtype).bits < 32]
-        entries = sum(p.numel() for p, _ in coarse)
-        if not entries or self._rounding_checked:
+    def _check_displacement(self, point: Point, weights: list[Tensor], norm: float) -> None:
+        """Warn, once, of a displacement that there is none of, or that is lost in rounding."""
+        if not math.isfinite(norm) and not self._warned_of_norm:
+            self._warned_of_norm = True
+            warnings.warn(
+                f"the norm that the perturbation divides by is {norm}: the weights are not displaced on this "
+                "step; look for a gradient that is not finite",
+                stacklevel=7,
+            )
+        coarse = [i for i, w in enumerate(weights) if torch.finfo(w.dtype).bits < 32]
+        if self._rounding_checked or not coarse or not 0 < norm < math.inf:
             return
         self._rounding_checked = True
-        moved = sum((p != w).sum().item() for p, w in coarse) / entries
-        if moved < 0.5:
+        # Where there is no gradient, or ESAM has masked it, no displacement is meant to be.
+        momenta = [state.get("exp_avg", state.get("momentum_buffer")) for state in point.states]
+        directions = [(point.grads or momenta)[i] for i in coarse]
+        meant = sum(d.count_nonzero().item() for d in directions if d is not None)
+        moved = sum((point.params[i] != weights[i]).sum().item() for i in coarse)
+        share = moved / meant if meant else 1.0
+        if share < 0.5:
             warnings.warn(
-                f"the perturbation moves {moved:.0%} of the entries of {coarse[0][0].dtype} parameters, "
-                "the others are lost in rounding; take a larger rho, or float32 parameters and "
-                "precision='amp_bf16'",
-                stacklevel=5,
+                f"the perturbation moves {share:.0%} of the entries of {weights[coarse[0]].dtype} parameters "
+                "that it is to move, the others are lost in rounding; take a larger rho, or float32 "
+                "parameters and precision='amp_bf16'",
+                stacklevel=7,
             )
 
     def _point(self, params: list[Tensor], perturbation: Perturbation, shards: Shards | None) -> Point:
@@ -421,8 +441,7 @@ class SharpnessAwareOptimizer(Optimizer):
             params = self._trainable()
             pieces = dict(zip(params, unflatten(vector, local(params)), strict=True))
             kept = [p for p in params if key in self.state.get(p, {})]
-            if kept:
-                torch._foreach_copy_(local(self.state[p][key] for p in kept), [pieces[p] for p in kept])
+            copy_into(local(self.state[p][key] for p in kept), [pieces[p] for p in kept])
 
     def _prepare_refresh(self) -> None:
         if self.curvature is not None and self.refresh_due():
@@ -441,6 +460,9 @@ class SharpnessAwareOptimizer(Optimizer):
         refreshes = self.param_groups[0]["refreshes"]
         diagonal, metrics = self.curvature.finish()
         scale, age = self._hessian_scale(), self.param_groups[0]["hessian_scale_age"]
+        if diagonal is None:
+            self.failed_refreshes += 1
+            self.metrics["failed_refreshes"] = self.failed_refreshes
         if diagonal is None and scale > 1:
             self._count(hessian_scale=scale / 2, hessian_scale_age=0)
             return refreshes > 0

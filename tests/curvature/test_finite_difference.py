@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from composer_sassha._validate import SettingError
 from composer_sassha.curvature import finite_difference_diagonal, rademacher
-from composer_sassha.curvature.finite_difference import kinks
+from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
 from tests.curvature.problems import Problem, flat
 from tests.helpers import Injected
 
@@ -72,6 +73,15 @@ def test_half_precision_parameters_are_refused():
     w = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="needs parameters in float32 or float64"):
         finite_difference_diagonal([w.detach()], [w], [(0,)], lambda: contextlib.nullcontext((w**2).sum()))
+
+
+def test_half_precision_inside_the_model_is_refused():
+    w = nn.Parameter(torch.ones(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.linear(torch.ones(3, 2), w[None]).float().tanh().sum()
+    with pytest.raises(SettingError, match=r"this one computes in torch.bfloat16 \(an autocast of its own"):
+        refuse_half_precision(loss)
+    refuse_half_precision(F.linear(torch.ones(3, 2), w[None]).sum())
 
 
 @pytest.mark.parametrize(

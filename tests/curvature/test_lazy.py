@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from composer_sassha._validate import SettingError
 from composer_sassha.curvature import (
     ESTIMATORS,
     Evaluation,
@@ -126,6 +127,34 @@ def test_nothing_of_the_second_order_graph_outlives_backward():
     assert len(alive) > 3 and not any(ref() is not None for ref in alive)
     with pytest.raises(RuntimeError, match="differentiated once"):
         stand_in.backward()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    curvature = LazyCurvature()
+    curvature.begin([embedding.weight], step=0)
+    with pytest.raises(SettingError, match="build the embedding with sparse=False"):
+        curvature.attach((embedding(torch.tensor([1])) ** 2).sum())
+
+
+def test_the_gradient_of_a_microbatch_is_taken_at_its_share_of_the_scale():
+    w = nn.Parameter(torch.ones(2))
+    curvature = LazyCurvature()
+    curvature.begin([w], step=0, gradient_scale=2.0**128, scale=2.0)  # infinite in float32, but for the share
+    loss = curvature.attach((w**2).sum(), size=1, batch_size=64)
+    (loss * 2.0**100).backward()
+    assert w.grad is not None and torch.equal(w.grad, torch.full((2,), 2.0**101))
+
+
+@pytest.mark.parametrize("name", ["empirical_fisher", "hutchinson"])
+def test_the_estimate_on_a_share_of_the_batch_is_free_of_the_gradients_scale(name):
+    w = nn.Parameter(torch.full((2,), 4.0))  # the gradient 8 is infinite at the gradient's scale
+    again = lambda count: contextlib.nullcontext((w**2).sum())  # noqa: E731
+    curvature = LazyCurvature(estimator=name, batch_fraction=0.5)
+    curvature.begin([w], step=0, gradient_scale=2.0**127, scale=2.0)
+    curvature.attach((w**2).sum(), size=4, batch_size=4, again=again).backward()
+    diagonal, _ = curvature.finish()
+    assert diagonal is not None and torch.isfinite(diagonal[w]).all()
 
 
 def test_an_estimate_that_is_not_finite_is_reported_as_none():

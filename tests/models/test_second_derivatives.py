@@ -117,7 +117,15 @@ def flex(w):
         pytest.skip(str(error))
 
 
+def weight_norm(w):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+    return torch.func.functional_call(
+        layer, {"parametrizations.weight.original1": w.view(4, 8)}, torch.ones(8)
+    )
+
+
 SILENT = {
+    "weight_norm": weight_norm,
     "Cube": once,
     " Cube": outside,
     "FlexAttentionAutogradOp": flex,

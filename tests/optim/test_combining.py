@@ -10,6 +10,7 @@ from torch import nn
 from composer_sassha import SharpnessAwareOptimizer
 from composer_sassha.perturbations import (
     ASAMPerturbation,
+    ESAMPerturbation,
     GSAMPerturbation,
     LookSAMPerturbation,
     MSAMPerturbation,
@@ -203,6 +204,32 @@ def test_a_displacement_that_rounding_swallows_is_said_once(dtype, rho, recwarn)
         optimizer.step(closure_of(model, optimizer))
     said = [str(w.message) for w in recwarn if "lost in rounding" in str(w.message)]
     assert len(said) == (dtype == torch.bfloat16 and rho < 1)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "lost"),
+    [
+        (MSAMPerturbation(5.0), False),
+        (MSAMPerturbation(1e-5), True),  # only once there is a momentum
+        (ESAMPerturbation(5.0, beta=0.3), False),  # what it masks is not lost
+        (ESAMPerturbation(1e-4, beta=0.3), True),
+    ],
+    ids=repr,
+)
+def test_only_what_is_meant_to_move_can_be_lost(perturbation, lost, recwarn):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Flatten(), nn.Linear(32, 2)).to(torch.bfloat16)
+    optimizer = SharpnessAwareOptimizer(sgd(model), perturbation)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.arange(4)[None]), torch.tensor([1]))
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert sum("lost in rounding" in str(w.message) for w in recwarn) == lost
 
 
 @pytest.mark.parametrize(

@@ -194,8 +194,35 @@ def test_a_gradient_that_is_not_finite_displaces_by_nothing_and_the_descent_stil
         w.grad = torch.tensor([bad, 1.0]) if len(seen) == 1 else torch.tensor([1.0, 1.0])
         return torch.tensor(1.0)
 
-    optimizer.step(closure)
+    with pytest.warns(UserWarning, match="the weights are not displaced on this step"):
+        optimizer.step(closure)
     assert seen == [[1.0, 2.0], [1.0, 2.0]] and w.tolist() == [0.5, 1.5]
+
+
+def test_complex_parameters_are_refused():
+    w = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"complex64 cannot be perturbed; .*view_as_complex"):
+        SharpnessAwareOptimizer(torch.optim.SGD([w], lr=0.1), SAMPerturbation())
+
+
+def test_an_autocast_around_the_step_does_not_keep_the_weights_of_before():
+    gaps = []
+    for around in (False, True):
+        model = net().eval()
+        optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(2.0))
+        ((x, y),) = batches(1)
+
+        def closure(model=model, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            optimizer.step(closure)
+        gaps.append(optimizer.metrics["loss_gap"])
+    assert gaps[0] > 0.1 and gaps[0] == gaps[1]
 
 
 def test_buffers_that_a_module_replaces_are_restored_too():
@@ -434,6 +461,8 @@ def test_buffers_that_nobody_can_write_into_are_left_alone():
     model.register_buffer("expanded", torch.zeros(1).expand(5))
     with torch.inference_mode():
         model.register_buffer("inference", torch.ones(3))
+    model.register_buffer("compressed", torch.eye(3).to_sparse_csr())
+    model.register_buffer("coordinates", torch.eye(3).to_sparse())
     optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(), model=model)
     train(model, optimizer, 2)
     assert model.expanded.shape == (5,) and optimizer.steps_taken == 2
@@ -462,7 +491,7 @@ def test_a_hessian_that_is_never_finite_ends_the_training():
     with pytest.warns(UserWarning, match="not finite"):
         for _ in range(9):
             assert optimizer.step(closure) is None
-    assert optimizer.metrics == {"skipped_steps": 9}
+    assert optimizer.metrics == {"skipped_steps": 9, "failed_refreshes": 9}
     with pytest.raises(RuntimeError, match="infinite second derivative"):
         optimizer.step(closure)
 
