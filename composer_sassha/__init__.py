@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MSassha,
         Sassha,
         Schedule,
+        ignore_own_entries,
     )
     from composer_sassha.optim import SASSHA, AdaHessian, SharpnessAwareOptimizer, Sophia
 
@@ -47,6 +48,7 @@ __all__ = [
     "Schedule",
     "SharpnessAwareOptimizer",
     "Sophia",
+    "ignore_own_entries",
 ]
 
 _PLAIN = ("SASSHA", "AdaHessian", "SharpnessAwareOptimizer", "Sophia")

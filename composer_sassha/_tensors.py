@@ -33,13 +33,13 @@ def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
 
 
 @contextlib.contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Put the values that the tensors have now, and that are given out, back when the block ends."""
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the values that the tensors have now back when the block ends."""
     values = copy_of(tensors)
     try:
-        yield values
+        yield
     finally:
-        copy_into(tensors, values)  # by copy: (w + e) - e is not w in floating point
+        copy_into(tensors, values)
 
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -66,10 +66,15 @@ def trainer(
     model = network() if model is None else model
     dataset = images() if dataset is None else dataset
     loader = DataLoader(dataset, batch_size=batch_size, sampler=dist.get_sampler(dataset, shuffle=True))
-    settings = {"max_duration": "2ep", "seed": 7, "device": "cpu", "progress_bar": False}
+    settings = {
+        "train_dataloader": loader,
+        "max_duration": "2ep",
+        "seed": 7,
+        "device": "cpu",
+        "progress_bar": False,
+    }
     return Trainer(
         model=model,
-        train_dataloader=loader,
         optimizers=optimizer(model.parameters()),
         algorithms=list(algorithms),
         **{**settings, **kwargs},

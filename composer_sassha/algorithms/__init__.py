@@ -1,6 +1,7 @@
 """The methods as Composer algorithms: one line in a script."""
 
 from composer_sassha.algorithms.asam import ASAM
+from composer_sassha.algorithms.checkpoints import ignore_own_entries
 from composer_sassha.algorithms.esam import ESAM
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
 from composer_sassha.algorithms.gsam import GSAM
@@ -28,4 +29,5 @@ __all__ = [
     "MSassha",
     "Sassha",
     "Schedule",
+    "ignore_own_entries",
 ]

@@ -268,7 +268,7 @@ class LazyCurvature:
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.evaluates_again else (),
-            params=self._parts,
+            params=local(self._params),  # now: in its first forward, FSDP2 puts other parts in their place
             # The probe is that of this rank's part of the parameters, the labels those of its samples.
             keys=self._keys(self._shards.part if self.evaluates_again else rank()),
             size=size,

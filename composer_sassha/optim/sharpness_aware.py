@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from composer_sassha import _validate
 from composer_sassha._ranks import rank
 from composer_sassha._sharding import Shards, forget_copies, local, shards_of
-from composer_sassha._tensors import copy_into, restored, unflatten
+from composer_sassha._tensors import copy_into, copy_of, unflatten
 from composer_sassha.curvature import BatchNormInFloat32, LazyCurvature
 from composer_sassha.optim.combining import combine, flat_gradient, reuse
 from composer_sassha.optim.passes import Closure, PassRunner, Snapshot
@@ -347,17 +347,18 @@ class SharpnessAwareOptimizer(Optimizer):
         """Have the parameters at w + e, and then back at exactly w."""
         shards = self._shards()
         sharded = None if shards is None else self.model
+        weights = copy_of(local(params))
         try:
-            with restored(local(params)) as weights:
-                point = self._point(params, perturbation, shards)
-                found = perturbation.displace(point)
-                self.metrics.update(found)
-                self._check_displacement(
-                    point, weights, found.get("grad_norm", found.get("momentum_norm", 0))
-                )
-                forget_copies(sharded)  # FSDP2 may have gathered w before, for an evaluation
-                yield
+            point = self._point(params, perturbation, shards)
+            found = perturbation.displace(point)
+            self.metrics.update(found)
+            self._check_displacement(point, weights, found.get("grad_norm", found.get("momentum_norm", 0)))
+            forget_copies(sharded)  # FSDP2 may have gathered w before, for an evaluation
+            yield
         finally:
+            # By copy: (w + e) - e is not w in floating point. And into the parts of now: in its first
+            # forward, FSDP2 puts others in their place.
+            copy_into(local(params), weights)
             forget_copies(sharded)  # and now w + e, for a pass that did not come to its end
 
     def _check_displacement(self, point: Point, weights: list[Tensor], norm: float) -> None:

@@ -1,12 +1,8 @@
 """Two real processes over gloo: one launch runs every check, the tests read the results."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.distributed.launch import assert_passed, launch
 from tests.distributed.worker import TAKING_TURNS
 from tests.methods import METHODS
 
@@ -25,30 +21,10 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
-    root = Path(__file__).parents[2]
-    launcher = Path(sys.executable).with_name("composer")
-    logs = ["--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
-    finished = subprocess.run(
-        [launcher, "-n", "2", *logs, "-m", "tests.distributed.worker", out],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    return out, finished
+    return out, launch("tests.distributed.worker", out)
 
 
 @pytest.mark.timeout(600)  # the first waits for all
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(check, results):
-    out, finished = results
-    for rank in range(2):
-        file = out / f"{check}.rank{rank}"
-        if not file.exists():
-            logs = "".join(path.read_text()[-2000:] for path in out.glob("std*"))
-            pytest.fail(
-                f"rank {rank} did not get there: {finished.stdout[-2000:]}{finished.stderr[-2000:]}{logs}"
-            )
-        assert file.read_text() == "passed"
+    assert_passed(check, *results)

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
 from tests.algorithms.test_sassha import Separable, scalars
+from tests.distributed.launch import run_checks
 from tests.helpers import Spy, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import METHODS, MORE, NAMED, Method
 
@@ -361,17 +361,9 @@ def main(out: Path) -> None:
         )
     checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
     checks["evaluates_with_the_buffers_of_rank_zero"] = evaluates_with_the_buffers_of_rank_zero
-    for name, check in checks.items():
-        double = name.startswith(("separable", "one_process", "gsam_combines"))
-        torch.set_default_dtype(torch.float64 if double else torch.float32)
-        try:
-            check()
-            result = "passed"
-        except Exception:
-            result = traceback.format_exc()
-        (out / f"{name}.rank{dist.get_global_rank()}").write_text(result)
-        if result != "passed":
-            break  # the other rank may be waiting in a collective that this one has left: end both
+    run_checks(
+        checks, out, double=lambda name: name.startswith(("separable", "one_process", "gsam_combines"))
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,387 @@
+"""What each of two ranks does with sharded parameters (FSDP2). Started by test_sharded.py."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from composer_sassha import (
+    ASAM,
+    ESAM,
+    GSAM,
+    MSAM,
+    SAM,
+    SASSHA,
+    SSAM,
+    USAM,
+    LazyHessian,
+    LookSAM,
+    Sassha,
+    SharpnessAwareOptimizer,
+    ignore_own_entries,
+)
+from composer_sassha._sharding import local
+from composer_sassha.curvature import rademacher
+from composer_sassha.curvature.gauss_newton import _draw
+from composer_sassha.perturbations import SAMPerturbation
+from tests.distributed.launch import run_checks
+from tests.helpers import Injected, Spy, assert_same, copied, images, trainer
+from tests.methods import adahessian, adamw, sassha, sgd, sophia
+
+# Of the perturbations, those that take it are told to average the gradient at w.
+PERTURBED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
+    "sam": (sgd, lambda: [SAM(0.1, sync_ascent=True)]),
+    "sam_inf": (sgd, lambda: [SAM(0.01, p=float("inf"), sync_ascent=True)]),
+    "sam_every_2": (adamw, lambda: [SAM(0.1, interval=2, sync_ascent=True)]),
+    "asam": (adamw, lambda: [ASAM(0.3, sync_ascent=True)]),
+    "gsam": (sgd, lambda: [GSAM(0.1, 0.05, alpha=0.2, sync_ascent=True)]),
+    "ssam": (sgd, lambda: [SSAM(0.1, sync_ascent=True)]),
+    "usam": (adamw, lambda: [USAM(0.1, renormalize=True, sync_ascent=True)]),
+    "looksam": (sgd, lambda: [LookSAM(0.1, alpha=0.5, interval=2, sync_ascent=True)]),
+    "esam": (sgd, lambda: [ESAM(0.1, beta=1.0, gamma=0.6, sync_ascent=True)]),
+    "msam": (sgd, lambda: [MSAM(0.1)]),
+    "adamw_msam": (adamw, lambda: [MSAM(0.1)]),
+}
+CURVED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
+    "sassha": (sassha, lambda: [Sassha(0.1, hessian_interval=2, estimator="gauss_newton", sync_ascent=True)]),
+    "adahessian": (
+        adahessian,
+        lambda: [GSAM(0.1, sync_ascent=True), LazyHessian(2, estimator="finite_difference")],
+    ),
+    "sophia": (sophia, lambda: [MSAM(0.1), LazyHessian(2, estimator="gauss_newton", samples=2)]),
+}
+ESTIMATED = [("gauss_newton", 0.3), ("finite_difference", 0.3), ("finite_difference", 0.0)]
+KINDS = ("sharded", "full")
+# Saved by so many ranks, loaded by another number.
+ACROSS = ("looksam", "sassha")
+# A checkpoint of the one, continued with the other.
+CHANGES = [("plain", "sam"), ("sam", "plain"), ("plain", "looksam"), ("looksam", "plain")]
+
+
+def network() -> ComposerClassifier:
+    torch.manual_seed(17)
+    dtype = torch.get_default_dtype()
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
+    )
+    return ComposerClassifier(net.to(dtype), num_classes=3)
+
+
+def dataset(count: int = 40) -> TensorDataset:
+    x, y = images(count).tensors
+    return TensorDataset(x.to(torch.get_default_dtype()), y)
+
+
+def build(
+    optimizer: Callable, algorithms: list[Algorithm], *, shard: str | None = "sharded", **kwargs: Any
+) -> Any:
+    """A Trainer that shards, with checkpoints of one kind or the other, or does not."""
+    sharding = FSDP2Config(state_dict_type=shard, mixed_precision="FULL") if shard else None
+    return trainer(
+        optimizer,
+        algorithms,
+        **{
+            "model": network(),
+            "dataset": dataset(),
+            "device_train_microbatch_size": 3,
+            "parallelism_config": {"fsdp": sharding} if sharding else None,
+            **kwargs,
+        },
+    )
+
+
+def whole(tree: Any) -> Any:
+    """Copy, with sharded tensors put together."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().detach().clone()
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [whole(value) for value in tree]
+    return copied(tree)
+
+
+def everything(run: Any) -> Any:
+    """Weights, optimizer state and counters by name."""
+    (optimizer,) = run.state.optimizers
+    names = {p: name.removeprefix("module.module.") for name, p in run.state.model.named_parameters()}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return whole(
+        {
+            "weights": {name.removeprefix("module."): p for p, name in names.items()},
+            "state": {name.removeprefix("module."): optimizer.state[p] for p, name in names.items()},
+            "groups": groups,
+        }
+    )
+
+
+def agrees(name: str) -> None:
+    """Sharded, with evaluations in between, a run takes the steps of data-parallel training."""
+    make_optimizer, make_algorithms = PERTURBED[name]
+    ends = []
+    for shard in (None, "sharded"):
+        test = DataLoader(dataset(20), batch_size=10, sampler=dist.get_sampler(dataset(20)))
+        run = build(make_optimizer, make_algorithms(), shard=shard, eval_dataloader=test, eval_interval="1ba")
+        assert any(isinstance(p, DTensor) for p in run.state.model.parameters()) == (shard is not None)
+        run.fit()
+        ends.append(everything(run)["weights"])
+        run.close()
+    for key, expected in ends[0].items():
+        assert (ends[1][key] - expected).abs().max() <= 1e-10, key
+
+
+def curvature_agrees(estimator: str, rho: float) -> None:
+    """Three steps of SASSHA on ranks with unequal batches, against plain arithmetic on the whole batch."""
+    rank = dist.get_global_rank()
+    x, y = dataset(44).tensors
+    mine = slice(0, 20) if rank == 0 else slice(20, 44)  # two batches each, of 10 and of 12 samples
+    size = 10 if rank == 0 else 12
+    own = TensorDataset(x[mine], y[mine])
+    in_order = DistributedSampler(own, num_replicas=1, rank=0, shuffle=False)
+    loader = DataLoader(own, batch_size=size, sampler=in_order)
+    torch.manual_seed(17)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(50, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model = ComposerClassifier(net, num_classes=3)
+    w = {name: p.detach().clone() for name, p in net.named_parameters()}
+    run = build(
+        # a root would magnify the rounding of differences near 0
+        lambda params: SASSHA(params, lr=0.1, eps=1e-2, hessian_power=1.0),
+        [
+            LazyHessian(2, estimator=estimator, samples=2),
+            *([SAM(rho, sync_ascent=True)] if rho else []),
+        ],
+        model=model,
+        train_dataloader=loader,
+        max_duration="3ba",
+        device_train_microbatch_size=6,  # 6 + 4 and 6 + 6 samples
+    )
+    parts = [[*local([p])[0].shape] for p in run.state.model.parameters()]
+    shapes = dist.all_gather_object(parts)
+    run.fit()
+
+    # The same by hand.
+    reference = nn.Sequential(nn.Flatten(), nn.Linear(50, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def logits(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(reference, params, (x,))
+
+    def gradient(params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return torch.func.grad(lambda p: nn.functional.cross_entropy(logits(p, x), y))(params)
+
+    def probe(key: tuple[int, ...]) -> dict[str, Tensor]:
+        """Put together what the two ranks have drawn for their parts."""
+        drawn = [
+            rademacher([torch.zeros(s) for s in shape], (0, key[0], part, *key[1:]))
+            for part, shape in enumerate(shapes)
+        ]
+        return {name: torch.cat(pieces) for name, pieces in zip(w, zip(*drawn, strict=True), strict=True)}
+
+    def diagonal(params: dict[str, Tensor], step: int, number: int, shards: list) -> dict[str, Tensor]:
+        x, y = torch.cat([x for x, _ in shards]), torch.cat([y for _, y in shards])
+        estimates = []
+        for sample in range(2):
+            if estimator == "finite_difference":
+                h = torch.finfo(torch.float64).eps ** 0.5 / 10
+                z, g = probe((step, number, sample)), gradient(params, x, y)
+                there = gradient({n: params[n] + h * z[n] for n in params}, x, y)
+                estimates.append({n: z[n] * (there[n] - g[n]) / h for n in params})
+            else:
+                drawn = [
+                    _draw(logits(params, x).softmax(1), (0, step, rank, number, sample))
+                    for rank, (x, _) in enumerate(shards)
+                ]
+                g = gradient(params, x, torch.cat(drawn))
+                estimates.append({n: len(x) * g[n] ** 2 for n in params})
+        return {n: (estimates[0][n] + estimates[1][n]) / 2 for n in params}
+
+    m = {n: torch.zeros_like(p) for n, p in w.items()}
+    d = {n: torch.zeros_like(p) for n, p in w.items()}
+    tolerance = 1e-10 if estimator == "gauss_newton" else 1e-5  # rounding, over h
+    for step in range(3):
+        start = 0 if step != 1 else 1
+        batches = [
+            TensorDataset(x[a : a + n], y[a : a + n]).tensors
+            for a, n in ((10 * start, 10), (20 + 12 * start, 12))
+        ]
+        x_all, y_all = (torch.cat(part) for part in zip(*batches, strict=True))
+        g = gradient(w, x_all, y_all)
+        norm = sum((v**2).sum() for v in g.values()).sqrt()
+        displaced = {n: w[n] + rho * g[n] / norm for n in w}
+        g_hat = gradient(displaced, x_all, y_all)
+        if step % 2 == 0:
+            micro = [[(bx[:6], by[:6]) for bx, by in batches], [(bx[6:], by[6:]) for bx, by in batches]]
+            h = {n: torch.zeros_like(p) for n, p in w.items()}
+            for number, shards in enumerate(micro):
+                count = sum(len(x) for x, _ in shards)
+                part = diagonal(displaced, step, number, shards)
+                h = {n: h[n] + count / 22 * part[n] for n in w}
+            d = {n: 0.999 * d[n] + 0.001 * h[n].abs() for n in w}
+            correction = 1 - 0.999 ** (step + 1)
+        m = {n: 0.9 * m[n] + 0.1 * g_hat[n] for n in w}
+        rate = 0.1 / (1 - 0.9 ** (step + 1))
+        w = {n: w[n] - rate * m[n] / (d[n] / correction + 1e-2) for n in w}
+    found = everything(run)["weights"]
+    for name, expected in w.items():
+        error = (found[name] - expected).abs().max()
+        assert error <= tolerance, (name, error)
+    run.close()
+
+
+def resumes(name: str, kind: str, folder: Path) -> None:
+    """From a checkpoint of either kind, in mid-epoch, a run goes on as if it had not been stopped."""
+    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
+    filename = "ba{batch}/{rank}.pt" if kind == "sharded" else "ba{batch}.pt"
+    saving = {"save_folder": str(folder), "save_filename": filename, "save_interval": "3ba"}
+    run = build(make_optimizer, make_algorithms(), shard=kind, **saving)
+    run.fit()
+    expected = everything(run)
+    run.close()
+    resumed = build(make_optimizer, make_algorithms(), shard=kind, load_path=checkpoint(folder, kind))
+    assert resumed.state.timestamp.batch == 3
+    resumed.fit()
+    assert_same(expected, everything(resumed))
+    resumed.close()
+
+
+def save(name: str, folder: Path) -> None:
+    """Train for three batches, and leave the checkpoint and what it is to hold."""
+    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
+    saving = {"save_folder": str(folder), "save_filename": "ba{batch}/{rank}.pt", "save_interval": "3ba"}
+    run = build(make_optimizer, make_algorithms(), max_duration="3ba", **saving)
+    run.fit()
+    held = everything(run)
+    if dist.get_global_rank() == 0:
+        torch.save(held, folder / "held.pt")
+    run.close()
+    dist.barrier()
+
+
+def loads(name: str, folder: Path) -> None:
+    """What another number of ranks has saved is loaded whole, and trained on with."""
+    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
+    (path,) = (folder / "ba3").iterdir()
+    run = build(make_optimizer, make_algorithms(), load_path=str(path), max_duration="4ba")
+    assert run.state.timestamp.batch == 3
+    held = torch.load(folder / "held.pt", weights_only=False)
+    assert_same(held, everything(run))
+    run.fit()
+    assert run.state.optimizers[0].steps_taken == 4
+    run.close()
+
+
+def checkpoint(folder: Path, kind: str) -> str:
+    return str(folder / ("ba3/ep1-ba3" if kind == "sharded" else "ba3.pt"))
+
+
+def changes(before: str, after: str, kind: str, folder: Path) -> None:
+    """A checkpoint of one method goes on under another with the same optimizer, its state with it."""
+    how = {"plain": (sgd, list), **PERTURBED}
+    filename = "ba{batch}/{rank}.pt" if kind == "sharded" else "ba{batch}.pt"
+    saving = {"save_folder": str(folder), "save_filename": filename, "save_interval": "3ba"}
+    run = build(sgd, how[before][1](), shard=kind, max_duration="3ba", **saving)
+    run.fit()
+    saved = everything(run)
+    run.close()
+    changed = build(
+        sgd,
+        how[after][1](),
+        shard=kind,
+        load_path=checkpoint(folder, kind),
+        load_ignore_keys=ignore_own_entries,
+    )
+    loaded = everything(changed)
+    assert_same(saved["weights"], loaded["weights"])
+    for name, state in loaded["state"].items():
+        assert_same(saved["state"][name]["momentum_buffer"], state["momentum_buffer"], name)
+        assert ("looksam_g_v" in state) == (after == "looksam")
+    assert loaded["groups"][0].get("steps_taken") == (None if after == "plain" else 0)
+    changed.fit()
+    changed.close()
+
+
+def an_exception_leaves_the_weights(at_pass: int) -> None:
+    """Also what FSDP2 has gathered of the displaced ones is forgotten."""
+    run = build(sgd, [SAM(0.5)], callbacks=[])
+    before = everything(run)["weights"]
+
+    def throw(event: Event, state: Any, passes: int) -> None:
+        if event == Event.AFTER_FORWARD and passes == at_pass:
+            raise Injected
+
+    run.state.callbacks.append(Spy(throw))
+    try:
+        run.fit()
+    except Injected:
+        pass
+    else:
+        raise AssertionError("nothing was thrown")
+    assert_same(before, everything(run)["weights"])
+    run.state.model.eval()
+    unsharded = network().eval()
+    with torch.no_grad():
+        batch = dataset(6).tensors
+        assert_same(unsharded(batch), run.state.model(batch))
+    run.close()
+
+
+def a_plain_loop_needs_the_model() -> None:
+    model = fully_shard(nn.Linear(4, 2))
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAMPerturbation(0.1))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    try:
+        optimizer.step(closure)
+    except ValueError as error:
+        assert "sharded parameters need model=" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+    before = whole([*model.parameters()])
+    optimizer.model = optimizer.runner.model = model
+    optimizer.step(closure)
+    assert not torch.equal(before[0], whole([*model.parameters()])[0])
+
+
+def main(out: Path) -> None:
+    warnings.simplefilter("ignore")
+    dist.initialize_dist("cpu")
+    checks = {f"agrees[{name}]": lambda name=name: agrees(name) for name in PERTURBED}
+    for estimator, rho in ESTIMATED:
+        checks[f"curvature_agrees[{estimator}-{rho}]"] = lambda e=estimator, r=rho: curvature_agrees(e, r)
+    for name in ACROSS:
+        checks[f"loads[{name}]"] = lambda n=name: loads(n, out / "from_one" / n)
+        checks[f"saves[{name}]"] = lambda n=name: save(n, out / "from_two" / n)
+    for kind in KINDS:
+        for name in ("looksam", "adamw_msam", *CURVED):
+            folder = out / "checkpoints" / kind / name
+            checks[f"resumes[{name}-{kind}]"] = lambda n=name, k=kind, f=folder: resumes(n, k, f)
+        for before, after in CHANGES:
+            folder = out / "checkpoints" / kind / f"{before}_{after}"
+            checks[f"changes[{before}-{after}-{kind}]"] = lambda b=before, a=after, k=kind, f=folder: changes(
+                b, a, k, f
+            )
+    for at_pass in (1, 2):
+        checks[f"an_exception_leaves_the_weights[{at_pass}]"] = lambda at_pass=at_pass: (
+            an_exception_leaves_the_weights(at_pass)
+        )
+    checks["a_plain_loop_needs_the_model"] = a_plain_loop_needs_the_model
+    run_checks(checks, out, double=lambda name: "agrees" in name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
