@@ -3,11 +3,13 @@
 import copy
 import inspect
 import math
+import warnings
 from dataclasses import fields
 from typing import Any
 
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
+from composer.utils import dist
 
 from composer_sassha import _validate
 from composer_sassha.algorithms import _checks, _trainer
@@ -32,6 +34,7 @@ class PerturbingAlgorithm(Algorithm):
         if sync_ascent is not None:
             _validate.boolean(name, "sync_ascent", sync_ascent)
         self.sync_ascent = sync_ascent
+        self._looked_for_sync = False
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor, for `repr`."""
@@ -60,7 +63,24 @@ class PerturbingAlgorithm(Algorithm):
             _trainer.scale_gradients(state)  # fit() may have been given another precision
             self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
         elif event == Event.BATCH_END:
+            self._say_if_synchronized(state)
             _trainer.log(state, logger, "sharpness", LOGGED)
+
+    def _say_if_synchronized(self, state: State) -> None:
+        """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""
+        norm = state.optimizers[0].metrics.get("grad_norm")  # type: ignore[attr-defined]
+        if self.sync_ascent is not False or self._looked_for_sync or not norm or dist.get_world_size() == 1:
+            return
+        if state.auto_microbatching and state.timestamp.batch == 0:
+            return  # the Trainer synchronizes all of the first batch
+        self._looked_for_sync = True
+        if len(set(dist.all_gather_object(norm))) == 1 and dist.get_global_rank() == 0:
+            warnings.warn(
+                f"{type(self).__name__}: all ranks perturb along the same gradient, as with "
+                "sync_ascent=True: every gradient is averaged (by FSDP, ddp_sync_strategy='forced_sync', or "
+                "DDP when it looks for unused parameters); sync_ascent=True says that this is meant",
+                stacklevel=2,
+            )
 
 
 def as_call(algorithm: Algorithm, settings: dict[str, Any]) -> str:

@@ -3,12 +3,14 @@
 import pytest
 
 from tests.distributed.launch import assert_passed, launch
-from tests.distributed.worker import TAKING_TURNS
+from tests.distributed.worker import STRATEGIC, TAKING_TURNS
 from tests.methods import METHODS
 
 CHECKS = [
     *[f"{check}[{method}]" for method in METHODS for check in ("replicas", "resumes")],
     *[f"{check}[{microbatch}]" for microbatch in (10, 3) for check in ("separable", "one_process_agrees")],
+    "one_process_agrees[uneven]",
+    *[f"sync_strategies[{name}]" for name in STRATEGIC],
     *[f"an_overflow_on_one_rank[{number}]" for number in (1, 2)],
     *[f"branches_that_take_turns[{name}]" for name in TAKING_TURNS],
     *[f"gsam_combines[{sync}]" for sync in (False, True)],

@@ -11,9 +11,10 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from composer_sassha import GSAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
+from composer_sassha.algorithms._checks import parts
 from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
@@ -95,9 +96,15 @@ def separable(microbatch: int) -> None:
     run.close()
 
 
-def one_process_agrees(microbatch: int) -> None:
+def one_process_agrees(microbatch: int, uneven: bool = False) -> None:
     """With a synchronized ascent, two ranks take the step of one process on the whole batch."""
     x, y = images(20).tensors
+    kwargs = {}
+    if uneven:  # one rank has 6 samples, the other 14
+        mine = slice(0, 6) if dist.get_global_rank() == 0 else slice(6, 20)
+        own = TensorDataset(x[mine].double(), y[mine])
+        sampler = DistributedSampler(own, num_replicas=1, rank=0)
+        kwargs["train_dataloader"] = DataLoader(own, batch_size=len(own), sampler=sampler)
     torch.manual_seed(17)
     model = ComposerClassifier(
         nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.Tanh(), nn.Linear(6, 3)).double(), num_classes=3
@@ -112,21 +119,22 @@ def one_process_agrees(microbatch: int) -> None:
         dataset=TensorDataset(x.double(), y),
         max_duration="1ba",
         device_train_microbatch_size=microbatch,
+        **kwargs,
     )
     run.fit()
 
     # The same by hand, with the probes that each rank and microbatch has drawn.
     shards = dist.all_gather_object(seen[: len(seen) // 2])
-    parts = [(rank, k, x, y) for rank, shard in enumerate(shards) for k, (x, y) in enumerate(shard)]
-    total = sum(len(x) for _, _, x, _ in parts)
+    pieces = [(rank, k, x, y) for rank, shard in enumerate(shards) for k, (x, y) in enumerate(shard)]
+    total = sum(len(x) for _, _, x, _ in pieces)
     assert total == 20
 
     def loss(params, x, y):
         return nn.functional.cross_entropy(torch.func.functional_call(reference, params, (x,)), y)
 
     def gradient(params):
-        grads = [torch.func.grad(loss)(params, x, y) for _, _, x, y in parts]
-        shares = [len(x) / total for _, _, x, _ in parts]
+        grads = [torch.func.grad(loss)(params, x, y) for _, _, x, y in pieces]
+        shares = [len(x) / total for _, _, x, _ in pieces]
         return {n: sum(s * g[n] for s, g in zip(shares, grads, strict=True)) for n in params}
 
     g = gradient(w)
@@ -134,7 +142,7 @@ def one_process_agrees(microbatch: int) -> None:
     displaced = {n: w[n] + 0.3 * g[n] / norm for n in w}
     g_hat = gradient(displaced)
     h = {n: torch.zeros_like(v) for n, v in w.items()}
-    for rank, k, x, y in parts:
+    for rank, k, x, y in pieces:
         z = dict(zip(w, rademacher([*w.values()], (0, 0, rank, k, 0)), strict=True))
         hz = torch.func.jvp(lambda p, x=x, y=y: torch.func.grad(loss)(p, x, y), (displaced,), (z,))[1]
         h = {n: h[n] + len(x) / total * z[n] * hz[n] for n in h}
@@ -142,6 +150,45 @@ def one_process_agrees(microbatch: int) -> None:
         expected = w[name] - 0.1 * g_hat[name] / (h[name].abs().sqrt() + 1e-4)
         assert (p - expected).abs().max() <= 1e-9, name
     run.close()
+
+
+def sync_strategies(method: Method) -> None:
+    """When to average is the Trainer's choice; averaging every pass is what sync_ascent does, and said."""
+
+    def train(strategy: str, sync_ascent: bool) -> tuple[list[torch.Tensor], bool]:
+        algorithms = method.algorithms()
+        for algorithm in algorithms:
+            for part in parts([algorithm]):
+                if hasattr(part, "sync_ascent"):
+                    part.sync_ascent = sync_ascent
+        run = trainer(
+            method.optimizer, algorithms, device_train_microbatch_size=7, ddp_sync_strategy=strategy
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.fit()
+        weights = copied([*run.state.model.parameters()])
+        for other in dist.all_gather_object(weights):
+            assert_same(weights, other)
+        run.close()
+        return weights, any("all ranks perturb along the same gradient" in str(w.message) for w in caught)
+
+    def assert_close(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+        for a, b in zip(first, second, strict=True):
+            assert (a - b).abs().max() <= 1e-5
+
+    rank = dist.get_global_rank()
+    single, said = train("single_auto_sync", False)
+    assert not said
+    multi, said = train("multi_auto_sync", False)
+    assert not said
+    assert_close(single, multi)
+    averaged, said = train("single_auto_sync", True)
+    assert not said
+    forced, said = train("forced_sync", False)
+    assert said == (rank == 0)
+    assert_close(averaged, forced)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(single, forced, strict=True))
 
 
 def gsam_combines(sync_ascent: bool) -> None:
@@ -334,6 +381,7 @@ def evaluates_with_the_buffers_of_rank_zero() -> None:
     run.close()
 
 
+STRATEGIC = ("sam_sgd", "gsam_sgd", "looksam_sgd", "sassha")
 TAKING_TURNS = ("sam_sgd_every_2", "gsam_sgd", "looksam_sgd", "esam_sgd", "sassha")
 
 
@@ -349,6 +397,9 @@ def main(out: Path) -> None:
     for microbatch in (10, 3):
         checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
         checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)
+    checks["one_process_agrees[uneven]"] = lambda: one_process_agrees(4, uneven=True)
+    for name in STRATEGIC:
+        checks[f"sync_strategies[{name}]"] = lambda name=name: sync_strategies(NAMED[name])
     for number in (1, 2):
         checks[f"an_overflow_on_one_rank[{number}]"] = lambda n=number: an_overflow_on_one_rank(n)
     for name in TAKING_TURNS:
