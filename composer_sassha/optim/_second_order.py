@@ -165,7 +165,12 @@ class SecondOrderOptimizer(Optimizer):
                 state["hessian_step"] = self._age(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the float32 state of half-precision parameters stays as it was saved."""
+        """Load a state; the float32 state of half-precision parameters stays as it was saved.
+
+        Raises:
+            ValueError: it is another optimizer's. Nothing has been loaded then.
+        """
+        self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -173,6 +178,31 @@ class SecondOrderOptimizer(Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 if name in ("exp_avg", self._average):
                     self.state[p][name] = value.to(device=p.device, dtype=wide_dtype([p]))
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        owner, names = type(self).__name__, {"step", "exp_avg", self._average, "hessian_step"}
+        advice = "load the weights alone (in a Trainer: load_weights_only=True)"
+        for group in state_dict["param_groups"]:
+            if lacking := sorted({*self.defaults} - {*group}):
+                raise ValueError(
+                    f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it is "
+                    f"not one of composer_sassha's; {advice}"
+                )
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, p in zip(saved, own):  # noqa: B905 - torch says it if there are more or fewer
+            state = state_dict["state"].get(key)
+            if state and (lacking := sorted(names - {*state})):
+                raise ValueError(
+                    f"{owner}: parameter {key} of this state has no {', '.join(lacking)}, but "
+                    f"{', '.join(map(str, state))}, so that it is not one of composer_sassha's; {advice}"
+                )
+            for name in ("exp_avg", self._average) if state else ():
+                if (shape := state[name].shape) != p.shape:
+                    raise ValueError(
+                        f"{owner}: {name} of parameter {key} of this state has shape {tuple(shape)}, and the "
+                        f"parameter {tuple(p.shape)}; build the model as it was, or {advice}"
+                    )
 
     def _step_list(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """All that needs memory comes first: when there is none, nothing has changed yet."""

@@ -284,7 +284,17 @@ class SharpnessAwareOptimizer(Optimizer):
         self._fill_counters()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict; the counters are in its parameter groups."""
+        """Return the base optimizer's state dict; the counters are in its parameter groups.
+
+        Raises:
+            RuntimeError: parameters with a state have been taken out of the groups.
+        """
+        if removed := len({*self.state} - {*self._params()}):
+            raise RuntimeError(
+                f"{removed} parameters have been taken out of the optimizer (LayerFreezing does), and "
+                "Composer can neither save nor resume such a run; freeze them from the start with "
+                "requires_grad_(False), or save no checkpoint"
+            )
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from composer.algorithms import LayerFreezing
 
 from composer_sassha import MSAM, SAM, LookSAM, Sassha
 from composer_sassha.optim.sharpness_aware import COUNTERS
@@ -133,3 +134,12 @@ def test_curvature_is_in_the_checkpoint(tmp_path):
     weights_only.fit()
     assert weights_only.state.optimizers[0].steps_taken == 2
     weights_only.close()
+
+
+def test_a_run_whose_layers_were_frozen_on_the_way_says_that_it_cannot_be_saved(tmp_path):
+    run = trainer(sgd, [SAM(), LayerFreezing(freeze_start=0.0, freeze_level=1.0)])
+    run.fit()
+    with pytest.raises(RuntimeError, match=r"taken out of the optimizer \(LayerFreezing does\)") as error:
+        run.save_checkpoint(str(tmp_path / "frozen.pt"))
+    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+    run.close()

@@ -285,3 +285,33 @@ def test_an_update_that_runs_out_of_memory_has_changed_nothing(rule, owner, oper
         else:
             optimizer.step()
     assert_same(before, everything(params, optimizer))
+
+
+FOREIGN = {
+    "a group without a hyperparameter": (lambda s: s["param_groups"][0].pop("betas"), "have no betas"),
+    "a state without an entry": (
+        lambda s: s["state"][0].pop("hessian_step"),
+        "parameter 0 .* no hessian_step",
+    ),
+    "another model's": (
+        lambda s: s["state"][1].update(exp_avg=torch.zeros(7)),
+        r"exp_avg of parameter 1 .* shape \(7,\)",
+    ),
+}
+
+
+@every_rule
+@pytest.mark.parametrize(("change", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_state_is_refused_in_one_line_and_nothing_is_loaded(rule, change, message):
+    optimizer = rule([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))])
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.update_curvature({p: torch.ones_like(p) for p in optimizer.param_groups[0]["params"]})
+    optimizer.step()
+    foreign = copy.deepcopy(optimizer.state_dict())
+    change(foreign)
+    before = copied(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message) as error:
+        optimizer.load_state_dict(foreign)
+    assert "load the weights alone" in str(error.value) and "\n" not in str(error.value)
+    assert_same(before, optimizer.state_dict())
