@@ -68,7 +68,7 @@ class PerturbingAlgorithm(Algorithm):
 
     def _say_if_synchronized(self, state: State) -> None:
         """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""
-        norm = state.optimizers[0].metrics.get("grad_norm")  # type: ignore[attr-defined]
+        norm = state.optimizers[0].metrics.get("grad_norm")
         if self.sync_ascent is not False or self._looked_for_sync or not norm or dist.get_world_size() == 1:
             return
         if state.auto_microbatching and state.timestamp.batch == 0:

@@ -185,8 +185,8 @@ class SecondOrderOptimizer(Optimizer):
         for group in state_dict["param_groups"]:
             if lacking := sorted({*self.defaults} - {*group}):
                 raise ValueError(
-                    f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it is "
-                    f"not one of composer_sassha's; {advice}"
+                    f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it "
+                    f"is not one of composer_sassha's; {advice}"
                 )
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
