@@ -1,13 +1,15 @@
 """Small models, data and Trainers, and what a run is compared by."""
 
+import contextlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from composer import Callback, State, Trainer
-from composer.core import Event
+from composer.core import Event, Precision
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from sklearn.datasets import load_digits
@@ -157,3 +159,20 @@ class Spy(Callback):
         if event == Event.BEFORE_TRAIN_BATCH:
             self.passes += 1
         self.on_event(event, state, self.passes)
+
+
+@contextlib.contextmanager
+def float16_on_cpu() -> Iterator[dict[str, Any]]:
+    """Let the Trainer train in float16 on the CPU, by autocast, which it refuses to be asked for."""
+
+    @contextlib.contextmanager
+    def autocast(precision: Precision, *_: Any, **__: Any) -> Iterator[None]:
+        with torch.autocast("cpu", torch.float16, enabled=precision == Precision.AMP_FP16):
+            yield
+
+    ours = [f"composer_sassha.algorithms.{module}" for module in ("esam", "lazy_hessian")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (*ours, "composer.trainer.trainer"):
+            patch.setattr(f"{module}.get_precision_context", autocast)
+        patch.setattr("composer.trainer.trainer._validate_precision", lambda *_: None)
+        yield {"precision": "amp_fp16"}

@@ -12,13 +12,13 @@ import torch
 from composer.utils import dist
 
 
-def launch(module: str, out: Path, ranks: int = 2, timeout: float = 540) -> str:
+def launch(module: str, out: Path, *arguments: str, ranks: int = 2, timeout: float = 540) -> str:
     """Run a module of checks in so many processes, over gloo. Return what they wrote beside the results."""
     root = Path(__file__).parents[2]
     launcher = Path(sys.executable).with_name("composer")
     logs = ["--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
     finished = subprocess.run(
-        [launcher, "-n", str(ranks), *logs, "-m", module, out],
+        [launcher, "-n", str(ranks), *logs, "-m", module, out, *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
@@ -30,7 +30,9 @@ def launch(module: str, out: Path, ranks: int = 2, timeout: float = 540) -> str:
     return "".join([finished.stdout[-2000:], finished.stderr[-2000:], *written])
 
 
-def run_checks(checks: Mapping[str, Callable[[], None]], out: Path, double: Callable[[str], bool]) -> None:
+def run_checks(
+    checks: Mapping[str, Callable[[], None]], out: Path, double: Callable[[str], bool] = lambda _: False
+) -> None:
     """Run the checks in order, and leave a file for each; `double` says which are in float64."""
     for name, check in checks.items():
         torch.set_default_dtype(torch.float64 if double(name) else torch.float32)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.launch import assert_passed, launch
-from tests.distributed.worker import STRATEGIC, TAKING_TURNS
+from tests.distributed.worker import FAULTS, REPLICAS, STRATEGIC, TAKING_TURNS
 from tests.methods import METHODS
 
 CHECKS = [
@@ -12,6 +12,7 @@ CHECKS = [
     "one_process_agrees[uneven]",
     *[f"sync_strategies[{name}]" for name in STRATEGIC],
     *[f"an_overflow_on_one_rank[{number}]" for number in (1, 2)],
+    *[f"{check}[{name}]" for check, name in FAULTS],
     *[f"branches_that_take_turns[{name}]" for name in TAKING_TURNS],
     *[f"gsam_combines[{sync}]" for sync in (False, True)],
     *[f"a_parameter_that_one_rank_uses[{name}]" for name in ("sam_sgd", "gsam_sgd", "looksam_sgd")],
@@ -30,3 +31,12 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(check, results):
     assert_passed(check, *results)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_replicas_are_equal_after_500_steps(tmp_path):
+    """Of every method: with overflows, and without gradients, on one rank."""
+    log = launch("tests.distributed.worker", tmp_path, "500", timeout=7000)
+    for check, method in REPLICAS:
+        assert_passed(f"{check}[{method}]", tmp_path, log)

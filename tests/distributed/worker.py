@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer.core import Algorithm, Event, State
@@ -20,13 +21,22 @@ from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
 from tests.algorithms.test_sassha import Separable, scalars
 from tests.distributed.launch import run_checks
-from tests.helpers import Spy, assert_same, copied, everything, images, method_trainer, network, trainer
+from tests.helpers import (
+    Spy,
+    assert_same,
+    copied,
+    everything,
+    float16_on_cpu,
+    images,
+    method_trainer,
+    network,
+    trainer,
+)
 from tests.methods import METHODS, MORE, NAMED, Method
 
 
-def replicas(method: Method) -> None:
+def replicas(method: Method, steps: int) -> None:
     """After many steps on different data, along different perturbations, both ranks hold the same weights."""
-    steps = 100 if method in MORE else 30
     run = method_trainer(
         method, dataset=images(80), max_duration=f"{steps}ba", device_train_microbatch_size=7
     )
@@ -35,10 +45,66 @@ def replicas(method: Method) -> None:
     assert optimizer.steps_taken == steps
     norms = dist.all_gather_object(optimizer.metrics.get("grad_norm"))
     assert norms[0] is None or norms[0] != norms[1], "the ranks perturb along their own gradients"
-    mine = copied([[*run.state.model.parameters()], optimizer.state_dict()])
+    assert_equal_on_all_ranks([[*run.state.model.parameters()], optimizer.state_dict()])
+    run.close()
+
+
+def replicas_under_overflow(method: Method, steps: int) -> None:
+    """In float16, one rank's gradient overflows now and then, in either pass: both skip, and stay equal."""
+
+    def overflow(event: Event, state: State, passes: int) -> None:
+        batch = int(state.timestamp.batch)
+        due = (passes == 1 and batch % 7 == 3) or (passes == 2 and batch % 5 == 4)
+        if event == Event.AFTER_LOSS and dist.get_global_rank() == 1 and due:
+            state.loss = state.loss * torch.inf
+
+    with float16_on_cpu() as settings:
+        run = method_trainer(
+            method, dataset=images(80), max_duration=f"{steps}ba", callbacks=[Spy(overflow)], **settings
+        )
+        run.fit()
+    (optimizer,) = run.state.optimizers
+    assert optimizer.skipped_steps > 0 and optimizer.steps_taken + optimizer.skipped_steps == steps
+    assert_equal_on_all_ranks(
+        [[*run.state.model.parameters()], optimizer.state_dict(), run.state.scaler.state_dict()]
+    )
+    run.close()
+
+
+class Sometimes(nn.Module):
+    """A layer that every rank leaves out at random."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, features)
+
+    def forward(self, x):
+        return x + self.layer(x) if torch.rand(()) < 0.6 else x
+
+
+def replicas_without_gradients(method: Method, steps: int) -> None:
+    """Now and then one rank, or both, has no gradient for a part of the model."""
+    model = network()
+    *layers, head = model.module
+    model.module = nn.Sequential(*layers, Sometimes(head.in_features), head)
+    run = trainer(
+        method.optimizer,
+        [*method.algorithms(), Unused()],
+        model=model,
+        dataset=images(80),
+        max_duration=f"{steps}ba",
+    )
+    run.fit()
+    (optimizer,) = run.state.optimizers
+    assert optimizer.steps_taken == steps
+    assert_equal_on_all_ranks([[*run.state.model.parameters()], optimizer.state_dict()])
+    run.close()
+
+
+def assert_equal_on_all_ranks(tree: Any) -> None:
+    mine = copied(tree)
     for other in dist.all_gather_object(mine):
         assert_same(mine, other)
-    run.close()
 
 
 def resumes(method: Method, folder: Path) -> None:
@@ -301,9 +367,7 @@ def branches_that_take_turns(method: Method) -> None:
         max_duration="10ba",
     )
     run.fit()
-    mine = copied([*model.parameters()])
-    for other in dist.all_gather_object(mine):
-        assert_same(mine, other)
+    assert_equal_on_all_ranks([*model.parameters()])
     run.close()
 
 
@@ -350,9 +414,7 @@ def optimizer_of_the_head_alone() -> None:
         max_duration="4ba",
     )
     run.fit()
-    mine = copied([*model.module.parameters()])
-    for other in dist.all_gather_object(mine):
-        assert_same(mine, other)
+    assert_equal_on_all_ranks([*model.module.parameters()])
     assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
     run.close()
 
@@ -382,15 +444,38 @@ def evaluates_with_the_buffers_of_rank_zero() -> None:
 
 
 STRATEGIC = ("sam_sgd", "gsam_sgd", "looksam_sgd", "sassha")
+# What may tear replicas apart, and the methods that it is tried on: differences are refused in float16.
+WHAT_KEEPS = {
+    "replicas": replicas,
+    "replicas_under_overflow": replicas_under_overflow,
+    "replicas_without_gradients": replicas_without_gradients,
+}
+REPLICAS = [
+    (check, method)
+    for method in METHODS
+    for check in WHAT_KEEPS
+    if (check, method.name) != ("replicas_under_overflow", "sassha_difference")
+]
+FAULTS = [
+    (check, name)
+    for check in ("replicas_under_overflow", "replicas_without_gradients")
+    for name in ("sam_sgd_every_2", "gsam_adamw", "looksam_sgd", "esam_sgd", "sassha", "msassha")
+]
 TAKING_TURNS = ("sam_sgd_every_2", "gsam_sgd", "looksam_sgd", "esam_sgd", "sassha")
 
 
-def main(out: Path) -> None:
+def main(out: Path, steps: int | None = None) -> None:
+    """Run the checks; with a number of steps, those of equal replicas alone, for so many steps each."""
     warnings.simplefilter("ignore")
     dist.initialize_dist("cpu")
+    if steps is not None:
+        run_checks(
+            {f"{check}[{m}]": lambda c=check, m=m: WHAT_KEEPS[c](m, steps) for check, m in REPLICAS}, out
+        )
+        return
     checks = {}
     for method in METHODS:
-        checks[f"replicas[{method}]"] = lambda method=method: replicas(method)
+        checks[f"replicas[{method}]"] = lambda m=method: replicas(m, steps=100 if m in MORE else 30)
         checks[f"resumes[{method}]"] = lambda method=method: resumes(
             method, out / "checkpoints" / method.name
         )
@@ -402,6 +487,8 @@ def main(out: Path) -> None:
         checks[f"sync_strategies[{name}]"] = lambda name=name: sync_strategies(NAMED[name])
     for number in (1, 2):
         checks[f"an_overflow_on_one_rank[{number}]"] = lambda n=number: an_overflow_on_one_rank(n)
+    for check, name in FAULTS:
+        checks[f"{check}[{name}]"] = lambda c=check, name=name: WHAT_KEEPS[c](NAMED[name], 15)
     for name in TAKING_TURNS:
         checks[f"branches_that_take_turns[{name}]"] = lambda name=name: branches_that_take_turns(NAMED[name])
     for sync in (False, True):
@@ -418,4 +505,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
