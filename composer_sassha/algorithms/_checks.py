@@ -81,6 +81,13 @@ def _check_sharding(state: State) -> None:
         curvature = getattr(owner, "curvature", None)
         if curvature is not None and curvature.whole_only:
             raise ValueError(curvature.whole_only)
+    for group in state.optimizers[0].param_groups:
+        size = group.get("block_size", 1)
+        if any(p.ndim == 2 and p.shape[1] % size for p in group["params"]):
+            raise ValueError(
+                f"AdaHessian: block_size={size} is not allowed with sharded parameters (FSDP) unless it divides "
+                "the length of every matrix's rows; 1: no averaging"
+            )
 
 
 def _check_companions(state: State) -> None:

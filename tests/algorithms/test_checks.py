@@ -15,6 +15,7 @@ from composer_sassha import (
     SASSHA,
     SSAM,
     USAM,
+    AdaHessian,
     FollowLR,
     LazyHessian,
     LookSAM,
@@ -97,6 +98,16 @@ def test_a_wrapped_optimizer_with_no_algorithm_says_what_to_do():
 def test_the_first_fsdp_is_refused():
     with pytest.raises(ValueError, match=r"does not support FSDP1; shard with .*FSDP2Config"):
         trainer(sgd, [SAM()], parallelism_config={"fsdp": FSDPConfig()})
+
+
+def test_blocks_that_straddle_rows_are_refused_for_sharded_parameters():
+    hessian = LazyHessian(estimator="gauss_newton")
+    with pytest.raises(ValueError, match="block_size=27 is not allowed with sharded parameters"):
+        trainer(
+            lambda params: AdaHessian(params, block_size=27),  # the matrix is 3 x 36
+            [hessian],
+            parallelism_config={"fsdp": FSDP2Config()},
+        )
 
 
 @pytest.mark.parametrize(
