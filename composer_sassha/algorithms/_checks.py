@@ -85,8 +85,8 @@ def _check_sharding(state: State) -> None:
         size = group.get("block_size", 1)
         if any(p.ndim == 2 and p.shape[1] % size for p in group["params"]):
             raise ValueError(
-                f"AdaHessian: block_size={size} is not allowed with sharded parameters (FSDP) unless it divides "
-                "the length of every matrix's rows; 1: no averaging"
+                f"AdaHessian: block_size={size} is not allowed with sharded parameters (FSDP) unless it "
+                "divides the length of every matrix's rows; 1: no averaging"
             )
 
 

@@ -95,9 +95,9 @@ class ESAM(PerturbingAlgorithm):
             case Event.BEFORE_TRAIN_BATCH, "ascent":
                 self._forget()
             case Event.AFTER_LOSS, "ascent":
+                selection.before.append(self._losses(state, state.outputs))
                 # In containers of its own: some algorithms put labels back in place (LabelSmoothing).
                 selection.batches.append(select(state.batch, slice(None), self._samples(state)))
-                selection.before.append(self._losses(state, state.outputs))
             case Event.BEFORE_TRAIN_BATCH, "descent":
                 selection.choose(self._losses_again(state), self.gamma)
             case Event.BEFORE_FORWARD, "descent":
@@ -114,7 +114,7 @@ class ESAM(PerturbingAlgorithm):
                 super().apply(event, state, logger)
                 _trainer.wrapped_optimizer(state, on_rollback=self._forget)
             case Event.BATCH_END, _:
-                if selection.before:
+                if selection.loss_gap is not None:
                     state.optimizers[0].metrics["loss_gap"] = selection.loss_gap
                 self._forget()
                 super().apply(event, state, logger)
@@ -142,35 +142,46 @@ class ESAM(PerturbingAlgorithm):
 
     def _losses_again(self, state: State) -> list[Tensor]:
         """Every sample's loss at w + e, of the ascent's microbatches, without a trace of looking."""
-        model, batches = plain(state.model), self._selection.batches
-        batch, unseen = state.batch, Snapshot(model, {losses.device for losses in self._selection.before})
-        after = []
+        batch = state.batch
+        unseen = Snapshot(plain(state.model), {losses.device for losses in self._selection.before})
         try:
-            for state.batch in batches:
-                with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
-                    outputs = model(state.batch)
-                after.append(self._losses(state, outputs))
+            try:
+                return self._look(state, graph=False)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            # The model differentiates in its forward or its loss, for a penalty or an equation.
+            unseen.restore()
+            return self._look(state, graph=True)
         finally:
             state.batch = batch
             unseen.restore()
+
+    def _look(self, state: State, graph: bool) -> list[Tensor]:
+        model, after = plain(state.model), []
+        for state.batch in self._selection.batches:
+            with torch.set_grad_enabled(graph):
+                with get_precision_context(state.precision, state.precision_config):
+                    outputs = model(state.batch)
+                after.append(self._losses(state, outputs))
         return after
 
-    @torch.no_grad()
     def _losses(self, state: State, outputs: Any) -> Tensor:
         """The loss of every sample of `state.batch`."""
-        model, samples, losses = plain(state.model), self._samples(state), None
+        model, losses = plain(state.model), None
         try:
             with get_precision_context(state.precision, state.precision_config):
                 losses = model.loss(outputs, state.batch, reduction="none")
         except TypeError as error:
             if "reduction" not in str(error) and "keyword" not in str(error):
                 raise  # the loss takes it, and has another problem
-        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != samples:
+        # The keys come last: they do not help a model that has no such losses.
+        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != self._samples(state):
             raise SettingError(
                 f"ESAM: {type(model).__name__}.loss(outputs, batch, reduction='none') returns no loss "
-                "per sample; give the model such a loss, or set gamma=1"
+                "per sample; set gamma=1, or give the model such a loss"
             )
-        return losses.detach().reshape(samples, -1).mean(dim=1)
+        return losses.detach().reshape(len(losses), -1).mean(dim=1)
 
     def _samples(self, state: State) -> int:
         """The number of samples of `state.batch`: of its inputs and its targets."""
@@ -200,7 +211,7 @@ class _Selection:
         self.batches: list[Any] = []  # the microbatches of the ascent
         self.before: list[Tensor] = []  # their samples' losses at w
         self.parts: list[tuple[Tensor, float]] = []  # of each: which samples, and the factor of its loss
-        self.loss_gap = 0.0
+        self.loss_gap: float | None = None  # there is none if the ascent has overflowed
 
     def choose(self, after: list[Tensor], gamma: float) -> None:
         """Find the samples whose loss has risen most."""

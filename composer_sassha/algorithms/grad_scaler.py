@@ -1,25 +1,27 @@
 """Gradient scaling for optimizers whose step runs several passes."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from composer_sassha._ranks import any_rank
 from composer_sassha.optim import SharpnessAwareOptimizer
 
 
-class ClosureGradScaler(GradScaler):
+class ClosureGradScaler(torch.amp.GradScaler):
     """A `torch.amp.GradScaler` for optimizers that call a closure once per pass, such as SAM.
 
     Every pass is unscaled and checked. If the gradient overflowed on any rank, the closure returns None on
-    all of them, which makes `SharpnessAwareOptimizer` skip the step and leave everything as it was; `update`
-    then backs the scale off, once per step. Otherwise it behaves, and is saved, as its base class: a
-    checkpoint of the one continues under the other, with its scale. (One that Composer's own SAM has left is
-    under another name, and starts with a fresh scale.)
+    all of them, which makes `SharpnessAwareOptimizer` skip the step and leave everything as it was; the step
+    of an optimizer that takes one gradient, such as SGD, is not called at all. `update` then backs the scale
+    off, once per step. Otherwise it behaves, and is saved, as its base class: a checkpoint of the one
+    continues under the other, with its scale. (One that Composer's own SAM has left is under another name,
+    and starts with a fresh scale.)
 
     In a Composer Trainer with precision='amp_fp16', the algorithms put it in place. In a loop of your own,
     call `step(optimizer, closure=...)`, scale the loss within the closure, and `update()` after it.
@@ -47,11 +49,16 @@ class ClosureGradScaler(GradScaler):
         """Step the optimizer with a closure whose gradients are unscaled and checked.
 
         Args:
-            optimizer: called as `optimizer.step(closure=...)`.
+            optimizer: called as `optimizer.step(closure=...)` if it says that a closure may return None (by
+                `_step_supports_amp_closure`, as for Composer's Trainer). Any other one is called without, and
+                only if the gradient is finite.
             closure: computes the loss and the gradients of its scaled value, and returns the loss.
 
         Returns:
-            What the optimizer's step returns: the loss, or None if the step was skipped.
+            The loss, or None if the step was skipped.
+
+        Raises:
+            TypeError: the optimizer cannot do without a closure, nor skip a step.
         """
         step: Callable[..., Any] = optimizer.step
         if not self._enabled:
@@ -74,7 +81,19 @@ class ClosureGradScaler(GradScaler):
 
         if isinstance(optimizer, SharpnessAwareOptimizer):
             kwargs["scaler"] = self  # its Hessian is to be free of the scale
-        return step(*args, closure=checked, **kwargs)
+        if getattr(optimizer, "_step_supports_amp_closure", False):
+            return step(*args, closure=checked, **kwargs)
+        needed = inspect.signature(step).parameters.get("closure")
+        if needed is not None and needed.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"ClosureGradScaler: {type(optimizer).__name__} runs closures of its own, and would take "
+                "steps with gradients that overflowed; use another optimizer, or bfloat16 and no scaler"
+            )
+        with torch.enable_grad():
+            loss = checked()
+        if loss is not None:
+            step(*args, **kwargs)
+        return loss
 
     def _overflowed(self, state: dict[str, Any], skipped: bool) -> bool:
         """Whether the gradient has overflowed, or the closure said so, on any rank; all of them back off."""
@@ -89,5 +108,6 @@ class ClosureGradScaler(GradScaler):
         return overflowed
 
 
-# Composer keys the scaler's state by its class's __qualname__.
-ClosureGradScaler.__qualname__ = GradScaler.__qualname__
+# Composer keys the scaler's state by its class's __qualname__, and pickle looks the class up by it.
+ClosureGradScaler.__qualname__ = torch.amp.GradScaler.__qualname__
+GradScaler = ClosureGradScaler

@@ -80,6 +80,7 @@ class Schedule(Algorithm):
         elif event == Event.BEFORE_LOAD:
             _trainer.wrapped_optimizer(state)
         elif event == Event.FIT_START:
+            _trainer.scale_gradients(state)  # fit() may have been given another precision
             self._check_the_end(state)
         elif event == Event.AFTER_DATALOADER:
             self._set(optimizer.perturbation, optimizer.param_groups, self._values(optimizer, state))

@@ -3,7 +3,7 @@
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.estimators import ESTIMATORS, Evaluation
 from composer_sassha.curvature.finite_difference import finite_difference_diagonal
-from composer_sassha.curvature.float16 import BatchNormInFloat32
+from composer_sassha.curvature.float16 import NormsInFloat32
 from composer_sassha.curvature.gauss_newton import gauss_newton_diagonal
 from composer_sassha.curvature.hutchinson import hutchinson_diagonal
 from composer_sassha.curvature.lazy import LazyCurvature
@@ -11,9 +11,9 @@ from composer_sassha.curvature.probes import rademacher
 
 __all__ = [
     "ESTIMATORS",
-    "BatchNormInFloat32",
     "Evaluation",
     "LazyCurvature",
+    "NormsInFloat32",
     "empirical_fisher_diagonal",
     "finite_difference_diagonal",
     "gauss_newton_diagonal",

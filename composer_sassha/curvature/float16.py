@@ -1,40 +1,48 @@
 """What a second derivative in float16 compute needs beside a scale."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-_BATCH_NORMS = (F.batch_norm, torch.batch_norm)
+# Where torch.nn's normalisations over samples or pixels end up. On a GPU, autocast has the others in float32.
+_NORMS = ("batch_norm", "instance_norm")
 
 
-class BatchNormInFloat32(TorchFunctionMode):
-    """Within this context, batch normalisation of float16 inputs computes in float32.
+class NormsInFloat32:
+    """Within this context, batch and instance normalisation of float16 inputs compute in float32.
 
-    Its second derivative sums squares of activations over batch and pixels, in the dtype of the input: more
-    than float16 can hold, at any scale of the loss.
+    Their second derivative sums squares of activations over pixels, in the dtype of the input: more than
+    float16 can hold, at any scale of the loss.
 
     Example:
         >>> x = torch.full((2, 1), 3.0, dtype=torch.float16)
-        >>> with BatchNormInFloat32():
+        >>> with NormsInFloat32():
         ...     torch.nn.BatchNorm1d(1)(x).dtype
         torch.float16
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Cast the input of a batch normalisation, and the output back."""
-        kwargs = dict(kwargs or {})
-        if func not in _BATCH_NORMS:
-            return func(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        x = args[0] if args else kwargs["input"]
-        others = [t for t in given if isinstance(t, Tensor) and t is not x]
-        if x.dtype != torch.float16 or any(t.dtype != torch.float32 for t in others):
-            return func(*args, **kwargs)
-        if args:
-            args = (x.float(), *args[1:])
-        else:
-            kwargs["input"] = x.float()
-        return func(*args, **kwargs).half()
+    # The functions themselves are replaced: what an activation checkpoint computes again, within autograd, a
+    # TorchFunctionMode does not see.
+
+    def __enter__(self) -> None:
+        self._replaced = {name: getattr(torch, name) for name in _NORMS}
+        for name, norm in self._replaced.items():
+            setattr(torch, name, _in_float32(norm))
+
+    def __exit__(self, *_: object) -> None:
+        for name, norm in self._replaced.items():
+            setattr(torch, name, norm)
+
+
+def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(norm)
+    def wrapped(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        others = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
+        if input.dtype != torch.float16 or any(other.dtype != torch.float32 for other in others):
+            return norm(input, *args, **kwargs)
+        return norm(input.float(), *args, **kwargs).half()
+
+    return wrapped

@@ -19,7 +19,7 @@ from composer_sassha import _validate
 from composer_sassha._ranks import rank
 from composer_sassha._sharding import Shards, forget_copies, local, shards_of
 from composer_sassha._tensors import copy_into, copy_of, unflatten
-from composer_sassha.curvature import BatchNormInFloat32, LazyCurvature
+from composer_sassha.curvature import LazyCurvature, NormsInFloat32
 from composer_sassha.optim.combining import combine, flat_gradient, reuse
 from composer_sassha.optim.passes import Closure, PassRunner, Snapshot
 from composer_sassha.perturbations import Perturbation, Point
@@ -480,10 +480,18 @@ class SharpnessAwareOptimizer(Optimizer):
         if diagonal is None:
             self._failures += 1
             if not refreshes and self._failures >= FAILURES_ALLOWED:
+                half = (
+                    ""
+                    if self._scaler is None
+                    else (
+                        "; or the second derivative of some operation does not fit float16: use "
+                        "estimator='gauss_newton' or precision='amp_bf16'"
+                    )
+                )
                 raise RuntimeError(
                     f"the Hessian estimate was not finite on the first {self._failures} steps: nothing can "
                     "be trained; look for a loss that is not finite, or for an infinite second derivative "
-                    "(the root or the norm of 0)"
+                    f"(the root or the norm of 0){half}"
                 )
             warnings.warn(
                 "the Hessian estimate is not finite; the refresh is tried again on the next step",
@@ -507,7 +515,7 @@ class SharpnessAwareOptimizer(Optimizer):
             if self.curvature.second_order:  # fused attention has no second derivative
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if self._scaler is not None:
-                    stack.enter_context(BatchNormInFloat32())
+                    stack.enter_context(NormsInFloat32())
             if self.curvature.eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
         return stack

@@ -17,10 +17,16 @@ CARDS = {
     path.stem: path.read_text(encoding="utf-8")
     for path in Path(composer_sassha.__file__).with_name("algorithms").glob("*.md")
 }
+NO_CARD = (
+    "SharpnessAwareOptimizer",
+    "ClosureGradScaler",
+    "FollowLR",
+    "SASSHA",
+    "LazyHessian",
+    "ignore_own_entries",
+)
 DESCRIBED = {
-    name.lower(): getattr(composer_sassha, name)
-    for name in composer_sassha.__all__
-    if name not in ("SharpnessAwareOptimizer", "ClosureGradScaler", "FollowLR", "SASSHA", "LazyHessian")
+    name.lower(): getattr(composer_sassha, name) for name in composer_sassha.__all__ if name not in NO_CARD
 } | {"lazy_hessian": composer_sassha.LazyHessian}
 
 

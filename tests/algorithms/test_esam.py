@@ -4,7 +4,7 @@ import pytest
 import torch
 from composer.core import Event
 from composer.loggers import InMemoryLogger
-from composer.models import ComposerClassifier, ComposerModel
+from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,11 +140,122 @@ class Scalar(ComposerModel):
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_model_without_losses_of_samples_is_told_what_to_do(strict):
     run = trainer(sgd, [ESAM()], model=Scalar(strict))
-    with pytest.raises(ValueError, match=r"ESAM: Scalar.loss.* returns no loss per sample; .* set gamma=1"):
+    with pytest.raises(ValueError, match=r"ESAM: Scalar.loss.* returns no loss per sample; set gamma=1, or "):
         run.fit()
     run.close()
     run = trainer(sgd, [ESAM(gamma=1.0)], model=Scalar(strict), max_duration="2ba")
     run.fit()
+    run.close()
+
+
+def test_a_model_without_losses_of_samples_is_not_asked_for_keys():
+    # Any key would lead to the same end: nobody is to look for one first.
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    tokens = torch.randint(7, (20, 6))
+    run = trainer(
+        sgd,
+        [ESAM()],
+        model=HuggingFaceModel(transformers.GPT2LMHeadModel(config)),
+        dataset=[{"input_ids": row, "labels": row} for row in tokens],
+    )
+    with pytest.raises(ValueError, match=r"HuggingFaceModel.loss.* no loss per sample; set gamma=1") as error:
+        run.fit()
+    assert "key" not in str(error.value)
+    run.close()
+
+
+class Sloped(ComposerModel):
+    """Penalises the slope of its outputs, for which it differentiates in its forward or in its loss."""
+
+    def __init__(self, in_loss, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = nn.Sequential(nn.Linear(50, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+        self.in_loss = in_loss
+
+    def forward(self, batch):
+        return batch[0] if self.in_loss else self.differentiate(batch[0])
+
+    def loss(self, outputs, batch, reduction="mean"):
+        values, slopes = self.differentiate(outputs) if self.in_loss else outputs
+        losses = nn.functional.cross_entropy(values, batch[1], reduction="none")
+        losses = losses + 0.1 * slopes.square().flatten(1).sum(dim=1)
+        return losses if reduction == "none" else losses.mean()
+
+    def differentiate(self, x):
+        x = x.clone().requires_grad_()
+        values = self.net(x.flatten(1))
+        return values, torch.autograd.grad(values.sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("size", [20, 6])
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_a_model_that_differentiates_by_itself(in_loss, size):
+    x, y = images(20).tensors
+    log, model = InMemoryLogger(), Sloped(in_loss)
+    run = trainer(
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        [ESAM(rho=0.5, beta=1.0, gamma=0.25)],
+        model=model,
+        dataset=TensorDataset(x.double(), y),
+        batch_size=20,
+        max_duration="1ba",
+        device_train_microbatch_size=size,
+        loggers=[log],
+    )
+    run.fit()
+    run.close()
+
+    fresh, batch = Sloped(in_loss), (x.double(), y)
+    params = list(fresh.parameters())
+
+    def losses():
+        return fresh.loss(fresh(batch), batch, reduction="none")
+
+    at_w = losses()
+    g = torch.autograd.grad(at_w.mean(), params)
+    norm = sum((part**2).sum() for part in g).sqrt()
+    before = copied(params)
+    with torch.no_grad():
+        for p, part in zip(params, g, strict=True):
+            p.add_(0.5 * part / norm)
+    rise = losses() - at_w
+    update = torch.autograd.grad(losses()[rise.topk(5).indices].mean(), params)
+    assert log.data["sharpness/loss_gap"][-1][1] == pytest.approx(rise.mean().item(), rel=1e-5)
+    for p, w, part in zip(model.parameters(), before, update, strict=True):
+        assert (p - (w - 0.1 * part)).abs().max() < 1e-6
+
+
+def test_a_model_that_differentiates_by_itself_is_looked_at_with_the_same_dropout():
+    # At radius 0 no loss has risen, if the masks are the ascent's.
+    log = InMemoryLogger()
+    x, y = images(20).tensors
+    run = trainer(
+        sgd,
+        [ESAM(rho=0.0)],
+        model=Sloped(in_loss=False, dropout=0.5),
+        dataset=TensorDataset(x.double(), y),
+        max_duration="4ba",
+        device_train_microbatch_size=3,
+        loggers=[log],
+    )
+    run.fit()
+    run.close()
+    assert [gap for _, gap in log.data["sharpness/loss_gap"]] == [0.0] * 4
+
+
+class Failing(ComposerClassifier):
+    def forward(self, batch):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no such kernel")
+        return super().forward(batch)
+
+
+def test_an_error_at_the_displaced_weights_is_shown_as_it_is():
+    run = trainer(sgd, [ESAM()], model=Failing(network().module, num_classes=3))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run.fit()
     run.close()
 
 

@@ -1,19 +1,28 @@
 """Gradient scaling in float16: on the CPU by autocast, which the Trainer is made to take for its own."""
 
-import contextlib
+import copy
+import pickle
 import warnings
 
 import pytest
 import torch
 from composer.algorithms import GradientClipping
-from composer.core import Event, Precision
+from composer.core import Event
 from composer.loggers import InMemoryLogger
 from torch import nn
 from torch.amp import GradScaler
 
-import composer_sassha.algorithms.esam
-import composer_sassha.algorithms.lazy_hessian
-from composer_sassha import SAM, SASSHA, ClosureGradScaler, LazyHessian, Sassha, SharpnessAwareOptimizer
+from composer_sassha import (
+    ESAM,
+    SAM,
+    SASSHA,
+    AdaHessian,
+    ClosureGradScaler,
+    LazyHessian,
+    Sassha,
+    SharpnessAwareOptimizer,
+    Sophia,
+)
 from composer_sassha.curvature import ESTIMATORS, LazyCurvature
 from composer_sassha.optim.sharpness_aware import HESSIAN_SCALE_GROWTH
 from composer_sassha.perturbations import (
@@ -23,7 +32,7 @@ from composer_sassha.perturbations import (
     SAMPerturbation,
 )
 from tests.helpers import Spy, assert_same, copied, everything, method_trainer, network, rng_states, trainer
-from tests.methods import METHODS, NAMED, adahessian, sassha
+from tests.methods import METHODS, NAMED, adahessian, sassha, sgd
 
 
 def net():
@@ -278,46 +287,115 @@ def test_unscaling_by_either_optimizer_is_the_same():
     assert_same(*ends)
 
 
-@pytest.mark.parametrize("functional", [False, True])
-def test_batch_norm_over_many_pixels_has_a_hessian_in_float16(functional):
-    # 32 x 16 x 16 squares of about 9 are more than float16 holds, whatever the loss is scaled with.
-    class Wide(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(4)
-            self.conv, self.norm, self.head = (
-                nn.Conv2d(1, 4, 3, padding=1),
-                nn.BatchNorm2d(4),
-                nn.Linear(4, 3),
-            )
-            with torch.no_grad():
-                self.conv.weight.mul_(6)
+UPDATES = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+    "sassha": SASSHA,
+    "adahessian": AdaHessian,
+    "sophia": Sophia,
+}
 
-        def forward(self, x):
-            x = self.conv(x)
-            if functional:
-                x = nn.functional.batch_norm(input=x, running_mean=None, running_var=None, training=True)
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_an_optimizer_of_one_gradient_steps_and_skips_as_under_torchs_own(update):
+    ends = []
+    for ours in (True, False):
+        model = net().eval()
+        optimizer = update(model.parameters())
+        if hasattr(optimizer, "update_curvature"):
+            optimizer.update_curvature({p: torch.ones_like(p) for p in model.parameters()})
+        scaler = (ClosureGradScaler if ours else GradScaler)("cpu", init_scale=2.0**10)
+        seen = []
+        for number in range(4):
+
+            def closure(model=model, optimizer=optimizer, scaler=scaler, number=number):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.float16):
+                    loss = nn.functional.cross_entropy(model(data()[0]), data()[1])
+                scaler.scale(loss).backward()
+                if number in (0, 2):
+                    next(model.parameters()).grad[0] = torch.inf
+                return loss.detach()
+
+            if ours:
+                with torch.no_grad():
+                    assert (scaler.step(optimizer, closure=closure) is None) == (number in (0, 2))
             else:
-                x = self.norm(x)
-            return self.head(nn.functional.silu(x).mean(dim=(2, 3)))
+                closure()
+                scaler.step(optimizer)
+            scaler.update()
+            seen.append(copied([model.state_dict(), optimizer.state_dict(), scaler.state_dict()]))
+        ends.append(seen)
+    assert_same(*ends)
 
-    generator = torch.Generator().manual_seed(9)
-    x, y = torch.randn(32, 1, 16, 16, generator=generator), torch.randint(3, (32,), generator=generator)
-    model = Wide()
-    base = SASSHA(model.parameters(), lr=0.01)
-    optimizer = SharpnessAwareOptimizer(base, SAMPerturbation(0.01), curvature=LazyCurvature(), model=model)
-    scaler = ClosureGradScaler("cpu", init_scale=2.0**10)
+
+def test_an_optimizer_of_one_gradient_skips_what_the_closure_says():
+    w = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([w], lr=0.1), ClosureGradScaler("cpu", init_scale=4.0)
+
+    def closure():
+        scaler.scale((w**2).sum()).backward()
+
+    assert scaler.step(optimizer, closure=closure) is None
+    scaler.update()
+    assert w.tolist() == [1, 1] and scaler.get_scale() == 2.0
+
+
+class Closures(torch.optim.SGD):
+    """Says that its closure may return None, as Composer's own SAM does."""
+
+    _step_supports_amp_closure = True
+
+    def step(self, closure):
+        if closure() is not None and closure() is not None:
+            super().step()
+
+
+def test_an_optimizer_that_takes_none_from_its_closure_is_given_it():
+    w = nn.Parameter(torch.ones(2))
+    optimizer, scaler = Closures([w], lr=0.1), ClosureGradScaler("cpu", init_scale=4.0)
+    passes = []
 
     def closure():
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.backward(loss, scaler=scaler)
-        return loss.detach()
+        loss = (w**2).sum()
+        scaler.scale(loss).backward()
+        passes.append(loss)
+        if len(passes) == 2:
+            w.grad[0] = torch.nan
+        return loss
 
-    assert scaler.step(optimizer, closure=closure) is not None
-    assert optimizer.param_groups[0]["refreshes"] == 1 and optimizer.metrics["mean_abs"] > 0
-    assert base.state[model.conv.weight]["exp_hessian"].isfinite().all()
+    for _ in range(2):
+        scaler.step(optimizer, closure=closure)
+        scaler.update()
+    assert len(passes) == 4 and scaler.get_scale() == 2.0
+    assert w.tolist() == pytest.approx([0.8, 0.8])
+
+
+def test_an_optimizer_that_needs_closures_is_refused():
+    w = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.LBFGS([w]), ClosureGradScaler("cpu")
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps `step`
+    with pytest.raises(TypeError, match="ClosureGradScaler: LBFGS runs closures of its own") as error:
+        scaler.step(optimizer, closure=lambda: (w**2).sum())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda scaler: pickle.loads(pickle.dumps(scaler))], ids=["copied", "pickled"]
+)
+def test_a_copy_has_its_scale(copy_of):
+    class Own(ClosureGradScaler):
+        pass
+
+    globals()["Own"], Own.__qualname__ = Own, "Own"
+    for kind in (ClosureGradScaler, Own):
+        scaler = kind("cpu", init_scale=8.0, growth_interval=5)
+        scaler.scale(torch.ones(()))
+        scaler.update(2.0)
+        again = copy_of(scaler)
+        assert type(again) is kind and again.state_dict() == scaler.state_dict()
+        assert again.scale(torch.ones(())).item() == 2.0
 
 
 def test_it_is_saved_as_torchs_own():
@@ -340,22 +418,6 @@ def test_switched_off_it_only_steps():
 
     assert scaler.step(optimizer, closure=closure) > 0
     scaler.update()
-
-
-@pytest.fixture
-def half(monkeypatch):
-    """Let the Trainer train in float16 on the CPU, which it refuses to be asked for."""
-
-    @contextlib.contextmanager
-    def autocast(precision, *_, **__):
-        with torch.autocast("cpu", torch.float16, enabled=precision == Precision.AMP_FP16):
-            yield
-
-    for module in (composer_sassha.algorithms.esam, composer_sassha.algorithms.lazy_hessian):
-        monkeypatch.setattr(module, "get_precision_context", autocast)
-    monkeypatch.setattr("composer.trainer.trainer.get_precision_context", autocast)
-    monkeypatch.setattr("composer.trainer.trainer._validate_precision", lambda *_: None)
-    return {"precision": "amp_fp16"}
 
 
 IN_HALF = [m for m in METHODS if m.name != "sassha_difference"]  # that one is refused in float16
@@ -444,4 +506,23 @@ def test_an_overflow_through_the_trainer_skips_the_step(passes, rule, algorithm,
     assert optimizer.skipped_steps == skipped and optimizer.steps_taken == 5 - skipped
     if skipped:
         assert_same(seen[2], seen[3])
+    run.close()
+
+
+def test_esam_logs_the_gap_of_those_steps_that_it_was_measured_in(half):
+    log = InMemoryLogger()
+
+    def look(event, state, passes):
+        # The third batch overflows in the first pass, the fifth in the second.
+        if event == Event.AFTER_LOSS and (state.timestamp.batch.value, passes) in ((2, 1), (4, 2)):
+            state.loss = state.loss * torch.inf
+
+    run = trainer(
+        sgd, [ESAM(0.1)], model=network(0.0), max_duration="6ba", callbacks=[Spy(look)], loggers=[log], **half
+    )
+    run.state.scaler.load_state_dict({**run.state.scaler.state_dict(), "scale": 2.0**7})
+    run.fit()
+    assert run.state.optimizers[0].skipped_steps == 2
+    gaps = {stamp.batch.value: gap for stamp, gap in log.data["sharpness/loss_gap"]}
+    assert gaps.keys() == {1, 2, 4, 5, 6} and 0 not in gaps.values()
     run.close()

@@ -8,7 +8,19 @@ from composer.core import Event
 from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingScheduler, LinearScheduler, LinearWithWarmupScheduler
 
-from composer_sassha import ESAM, GSAM, SAM, SASSHA, FollowLR, LazyHessian, Sassha, Schedule
+from composer_sassha import (
+    ESAM,
+    GSAM,
+    SAM,
+    SASSHA,
+    ClosureGradScaler,
+    FollowLR,
+    LazyHessian,
+    Sassha,
+    Schedule,
+    SharpnessAwareOptimizer,
+)
+from composer_sassha.perturbations import SAMPerturbation
 from tests.helpers import Spy, assert_same, everything, trainer
 from tests.methods import adahessian, sassha, sgd
 
@@ -69,6 +81,21 @@ def test_it_needs_no_other_algorithm():
         [Schedule("momentum", LinearScheduler())],
     )
     assert values == pytest.approx([0.9 * (1 - t / 8) for t in range(8)])
+
+
+def test_alone_around_a_wrapped_optimizer_it_goes_over_to_float16(half):
+    run = trainer(
+        lambda params: SharpnessAwareOptimizer(sgd(params), SAMPerturbation(rho=0.4)),
+        [Schedule("rho", LinearScheduler())],
+        max_duration="4ba",
+    )
+    run.fit(duration="1ba")
+    assert not isinstance(run.state.scaler, ClosureGradScaler)
+    run.fit(duration="3ba", precision="amp_fp16")
+    assert isinstance(run.state.scaler, ClosureGradScaler)
+    (optimizer,) = run.state.optimizers
+    assert optimizer.steps_taken + optimizer.skipped_steps == 4 and optimizer.steps_taken > 1
+    run.close()
 
 
 @pytest.mark.filterwarnings("ignore:Spy is not in the state_dict")
