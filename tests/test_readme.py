@@ -55,6 +55,14 @@ def test_the_plain_loop_is_short_and_takes_the_trainers_steps_to_the_last_bit(fl
     run.close()
 
 
+def test_every_fault_has_its_test():
+    table = ROOT.joinpath("composer_sassha/FAULTS.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
+    tests = [name for row in rows for name in re.findall(r"`(\w+)`", row[3])]
+    assert len(tests) >= len(rows) and [name for name in tests if f"def {name}(" not in code] == []
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
 def test_links_lead_somewhere(link):
     assert ROOT.joinpath(link).exists()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import yaml
 from composer.utils import dist
@@ -109,14 +110,15 @@ def lock_folder(recipe: Recipe, lock: FileLock) -> list[Path]:
     return made
 
 
-def prepare_folder(recipe: Recipe) -> None:
+def prepare_folder(recipe: Recipe) -> str | None:
+    """Write the settings into the folder. Return the checkpoint to continue from, if there is one."""
     config = yaml.safe_dump(recipe.settings(), sort_keys=False)
     latest = recipe.folder / "checkpoints" / LATEST
     try:
         write_atomically(recipe.folder / "config.yaml", config)
         # A kill may fall between the moments when Composer removes its link to the newest checkpoint and
-        # makes it anew.
-        checkpoints = list(latest.parent.glob("ep*-ba*-rank0.pt"))
+        # makes it anew. One that it was still writing lacks the end, which makes a zip file of it.
+        checkpoints = [path for path in latest.parent.glob("ep*-ba*-rank0.pt") if is_zipfile(path)]
         if checkpoints and not latest.exists():
             latest.unlink(missing_ok=True)
             latest.symlink_to(
@@ -124,6 +126,17 @@ def prepare_folder(recipe: Recipe) -> None:
             )
     except OSError as error:
         raise ConfigError(f"save_folder={recipe.save_folder}: cannot be written to: {error}") from error
+    return str(latest.resolve()) if latest.exists() else None
+
+
+def check_seen(checkpoint: str | None) -> None:
+    """Refuse a checkpoint on one node's own disk: every node loads it."""
+    seen = dist.all_gather_object(checkpoint is None or Path(checkpoint).exists())
+    if not all(seen):
+        raise ConfigError(
+            f"{checkpoint}: rank {seen.index(False)} does not see it; copy it there, or move the run to a "
+            "disk that all nodes share"
+        )
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from composer_sassha.algorithms import Schedule, _checks
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import (
-    LATEST,
+    check_seen,
     earlier_results,
     lock_folder,
     on_rank_zero,
@@ -149,8 +149,9 @@ def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict
     made = on_rank_zero(lambda: lock_folder(recipe, lock))
     try:
         with removed_on_failure(made):
-            on_rank_zero(lambda: prepare_folder(recipe))
-            trainer = _trainer(recipe, parts, log, callbacks)
+            checkpoint = on_rank_zero(lambda: prepare_folder(recipe))
+            check_seen(checkpoint)
+            trainer = _trainer(recipe, parts, log, callbacks, checkpoint)
         try:
             return _fit(recipe, trainer, log)
         finally:
@@ -162,8 +163,12 @@ def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict
 def _fit(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
     state = trainer.state
     if state.load_path is not None and dist.get_global_rank() == 0:
-        # Composer deletes old checkpoints of its own process only; add the one we continue from.
-        trainer.saved_checkpoints.append(str(Path(state.load_path).resolve()))
+        # Composer deletes old checkpoints of its own process only: add the one we continue from, and delete
+        # what a kill has kept an earlier process from deleting.
+        loaded = Path(state.load_path)
+        trainer.saved_checkpoints.append(str(loaded))
+        for left in set(loaded.parent.glob("ep*-ba*-rank0.pt")) - {loaded}:
+            left.unlink()
     try:
         if state.timestamp < state.max_duration:
             trainer.fit()
@@ -182,16 +187,17 @@ def _fit(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
         raise
 
 
-def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:
-    latest = recipe.folder / "checkpoints" / LATEST
+def _trainer(
+    recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback], checkpoint: str | None
+) -> Trainer:
     try:
-        return _new_trainer(recipe, parts, log, callbacks)
+        return _new_trainer(recipe, parts, log, callbacks, checkpoint)
     except ConfigError:
         raise
     except Exception as error:
-        if latest.exists():
+        if checkpoint is not None:
             raise ConfigError(
-                f"{latest.resolve()}: cannot be loaded ({error}); restore it, or delete {recipe.folder} to "
+                f"{checkpoint}: cannot be loaded ({error}); restore it, or delete {recipe.folder} to "
                 "start again"
             ) from error
         if isinstance(error, ValueError):
@@ -199,7 +205,9 @@ def _trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Cal
         raise
 
 
-def _new_trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback]) -> Trainer:
+def _new_trainer(
+    recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence[Callback], checkpoint: str | None
+) -> Trainer:
     return Trainer(
         model=parts.model,
         train_dataloader=parts.train,
@@ -217,7 +225,7 @@ def _new_trainer(recipe: Recipe, parts: _Parts, log: RunLog, callbacks: Sequence
         deterministic_mode=recipe.deterministic,
         progress_bar=False,  # the log has one for the whole run
         run_name=f"{recipe.name}-{recipe.method}-seed{recipe.seed}",
-        autoresume=True,
+        load_path=checkpoint,  # autoresume=True fails on several nodes that share a disk
         save_folder=str(recipe.folder / "checkpoints"),
         save_interval=recipe.save_interval,
         save_overwrite=True,  # a file that a kill left half written is in the way otherwise

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from composer import Callback, Logger, State
+from composer.utils import dist
 
 from composer_sassha.recipes.config import Recipe, load_recipe
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.folder import check_seen
 from composer_sassha.recipes.run import run
 
 
@@ -101,6 +104,25 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_replaced(tmp_path: Path) 
     run(parts)
     same_runs(whole, parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
+
+
+def test_a_first_checkpoint_that_a_kill_left_half_written_is_not_continued_from(tmp_path: Path) -> None:
+    whole, parts = recipe(tmp_path / "whole", "sgd"), recipe(tmp_path / "parts", "sgd")
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, [Stop("batch_end", 3)])
+    first = parts.folder / "checkpoints" / "ep0-ba4-rank0.pt"
+    run(recipe(tmp_path / "source", "sgd", "max_duration=4ba"))
+    first.write_bytes(next(tmp_path.glob("source/**/ep0-ba4-rank0.pt")).read_bytes()[:-100])
+    run(parts)
+    same_runs(whole, parts)
+    assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
+
+
+def test_a_checkpoint_that_another_node_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather_object", lambda seen: [seen, False])
+    with pytest.raises(ConfigError, match="rank 1 does not see it"):
+        check_seen(__file__)
 
 
 def test_a_diverged_run_is_recorded_as_valid_json(tmp_path: Path) -> None:
