@@ -2,7 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-demo = ["scikit-learn>=1.4", "matplotlib>=3.8"]
+# The last three are for comparisons; they come with scikit-learn, torch and Composer.
+demo = ["scikit-learn>=1.4", "matplotlib>=3.8", "scipy>=1.11", "jinja2>=3.1", "tabulate>=0.9"]
 tools = ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
 dev = [*demo, *tools, "pytest>=8", "pytest-timeout>=2.3", "transformers>=4.46,<4.54"]
 
@@ -17,7 +18,10 @@ setup(
     # The recipes live in yamls/ at the top level; an installed package carries them as composer_sassha/yamls.
     packages=[*find_packages(include=["composer_sassha", "composer_sassha.*"]), "composer_sassha.yamls"],
     package_dir={"composer_sassha.yamls": "yamls"},
-    package_data={"composer_sassha": ["py.typed", "**/*.md"], "composer_sassha.yamls": ["*.yaml"]},
+    package_data={
+        "composer_sassha": ["py.typed", "**/*.md", "comparison/report.html"],
+        "composer_sassha.yamls": ["*.yaml"],
+    },
     install_requires=[
         "mosaicml>=0.32,<0.33",
         "torch>=2.6",

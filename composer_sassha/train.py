@@ -79,7 +79,7 @@ def _parser(argv: Sequence[str]) -> _Parser:
     recipe, _ = _split([argument for argument in argv if not argument.startswith("-")])
     if asks_help and recipe not in recipes:
         recipes = {recipe: str(find_recipe(recipe))}
-    lines = [f"  {name:<10} {_methods(path)}" for name, path in recipes.items()] if asks_help else []
+    lines = [f"  {name:<26} {_methods(path)}" for name, path in recipes.items()] if asks_help else []
     parser = _Parser(
         prog="python -m composer_sassha.train",
         usage="%(prog)s [RECIPE] [key=value ...]",

@@ -1,5 +1,7 @@
 """The algorithms a recipe can name, each with the arguments of its constructor."""
 
+from composer.algorithms import GradientClipping, LabelSmoothing
+
 from composer_sassha import algorithms
 from composer_sassha.recipes.schema import arguments_of
 
@@ -15,4 +17,7 @@ ALGORITHMS: dict[str, type] = {
     "lazy_hessian": arguments_of(algorithms.LazyHessian),
     "sassha": arguments_of(algorithms.Sassha),
     "msassha": arguments_of(algorithms.MSassha),
+    # Composer's
+    "gradient_clipping": arguments_of(GradientClipping),
+    "label_smoothing": arguments_of(LabelSmoothing, without=["target_key"]),
 }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from composer import Algorithm, Callback, Evaluator, Logger, State, Trainer
 from composer.callbacks import LRMonitor
+from composer.core.data_spec import default_split_batch
 from composer.devices import DeviceCPU
 from composer.models import ComposerModel
 from composer.optim import ComposerScheduler
@@ -37,7 +38,8 @@ from composer_sassha.recipes.folder import (
 )
 from composer_sassha.recipes.run_log import RunLog, write_atomically
 
-_DEMO = {"sklearn", "matplotlib"}
+_DEMO = {"sklearn", "matplotlib", "scipy"}
+_LOOK = 16  # samples of the first batch that the model has to take before anything is written
 
 
 def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -55,14 +57,17 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """
     if recipe.cpu_threads is not None:
         torch.set_num_threads(recipe.cpu_threads)
-    parts = _build(recipe)
-    if dist.get_world_size() > 1:
-        dist.initialize_dist(get_device(None))
-    results = on_rank_zero(lambda: earlier_results(recipe))
-    if results is None:
-        with warnings.catch_warnings():
-            # A schedule without warm-up is what the recipe asks for.
-            warnings.filterwarnings("ignore", message="The warmup duration is 0")
+    with warnings.catch_warnings():
+        # A schedule without warm-up is what the recipe asks for, the last batch may be a small one, and
+        # smoothed labels may add up to a little less than 1.
+        warnings.filterwarnings("ignore", message="The warmup duration is 0")
+        warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+        warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
+        parts = _build(recipe)
+        if dist.get_world_size() > 1:
+            dist.initialize_dist(get_device(None))
+        results = on_rank_zero(lambda: earlier_results(recipe))
+        if results is None:
             results = _train(recipe, parts, callbacks)
     return results
 
@@ -108,7 +113,8 @@ def _build(recipe: Recipe) -> _Parts:
         scheduler = recipe.schedulers.build() if recipe.schedulers is not None else None
     try:
         with torch.no_grad():
-            batch = next(iter(train))
+            # On the CPU, where large models take seconds for a few samples.
+            batch = default_split_batch(DeviceCPU().batch_to_device(next(iter(train))), _LOOK)[0]
             model.eval().loss(model(batch), batch)
     except (RuntimeError, IndexError, ValueError) as error:
         raise ConfigError(f"model: it does not fit the data: {error}") from error

@@ -74,6 +74,12 @@ def above(low: float) -> Check:
     return check
 
 
+def share(value: float) -> None:
+    """A check: the value must be in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError("must be in (0, 1]")
+
+
 def within(low: float, high: float) -> Check:
     """Every number must be in [low, high); the value is a number or a list of them."""
 

@@ -1,23 +1,15 @@
-"""The data sets a recipe can name. To add one: write a dataclass, and add a line to `DATASETS`.
+"""scikit-learn's handwritten digits."""
 
-`build` returns what the Trainer needs: a loader for training, and an `Evaluator` named after the held-out
-part. Shuffling uses Composer's sampler, which a resumed run can put back exactly where it was.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from composer import Evaluator
-from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from composer_sassha.recipes.data.loading import SPLIT_SEED, eval_loader, train_loader
 from composer_sassha.recipes.schema import at_least, checked, one_of
-
-_SPLIT_SEED = 0  # the split belongs to the data set: it must not move with the seed of a run
 
 
 @dataclass
@@ -41,8 +33,8 @@ class Digits:
         train, heldout = self.splits()
         collate = _Shift(self.shift, background=float(train.tensors[0].min())) if self.shift else None
         return (
-            _train_loader(train, self.batch_size, seed, collate),
-            Evaluator(label=self.evaluate_on, dataloader=_eval_loader(heldout)),
+            train_loader(train, self.batch_size, seed, collate),
+            Evaluator(label=self.evaluate_on, dataloader=eval_loader(heldout)),
         )
 
     def splits(self) -> tuple[TensorDataset, TensorDataset]:
@@ -52,35 +44,16 @@ class Digits:
 
         pixels, labels = load_digits(return_X_y=True)
         index, heldout = train_test_split(
-            range(len(labels)), test_size=0.2, stratify=labels, random_state=_SPLIT_SEED
+            range(len(labels)), test_size=0.2, stratify=labels, random_state=SPLIT_SEED
         )
         if self.evaluate_on == "validation":
             index, heldout = train_test_split(
-                index, test_size=0.2, stratify=labels[index], random_state=_SPLIT_SEED
+                index, test_size=0.2, stratify=labels[index], random_state=SPLIT_SEED
             )
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
         images = (images - images[index].mean()) / images[index].std()
         targets = torch.tensor(labels)
         return TensorDataset(images[index], targets[index]), TensorDataset(images[heldout], targets[heldout])
-
-
-def _train_loader(
-    dataset: TensorDataset, batch_size: int, seed: int, collate: Callable[[list], Any] | None
-) -> DataLoader:
-    """Loads this rank's share of each shuffled batch of `batch_size`; the last, incomplete one is dropped."""
-    ranks = dist.get_world_size()
-    if batch_size % ranks:
-        raise ValueError(f"batch_size={batch_size} cannot be divided by {ranks} ranks")
-    if batch_size > len(dataset):
-        raise ValueError(f"batch_size={batch_size} is larger than the training split ({len(dataset)})")
-    sampler = dist.get_sampler(dataset, drop_last=True, shuffle=True, seed=seed)
-    return DataLoader(dataset, batch_size // ranks, sampler=sampler, drop_last=True, collate_fn=collate)
-
-
-def _eval_loader(dataset: TensorDataset) -> DataLoader:
-    """Loads this rank's share in one batch: the data is small."""
-    sampler = dist.get_sampler(dataset)
-    return DataLoader(dataset, batch_size=len(sampler), sampler=sampler)
 
 
 @dataclass
@@ -102,6 +75,3 @@ class _Shift:
         )
         down, right = torch.randint(2 * self.pixels + 1, (2, count))
         return [views[torch.arange(count), :, down, right], labels]
-
-
-DATASETS: dict[str, type] = {"digits": Digits}

@@ -1,4 +1,4 @@
-"""The models a recipe can name. To add one: write a dataclass, and add a line to `MODELS`."""
+"""The ResNet for small images (He et al. 2016)."""
 
 from dataclasses import dataclass
 
@@ -82,6 +82,3 @@ class ResNetCIFAR:
     def build(self) -> ComposerModel:
         module = CIFARResNet(self.depth, self.num_classes, self.width, self.in_channels)
         return ComposerClassifier(module, num_classes=self.num_classes)
-
-
-MODELS: dict[str, type] = {"resnet_cifar": ResNetCIFAR}

@@ -1,0 +1,169 @@
+"""Compare the methods of a recipe: `python -m composer_sassha.compare RECIPE [options] [key=value ...]`."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.files import bundled_recipes
+from composer_sassha.train import _Parser
+
+if TYPE_CHECKING:
+    from composer_sassha.comparison.grid import Run
+
+_OPTIONAL = {"matplotlib", "scipy", "jinja2", "tabulate"}
+_EXAMPLES = """\
+examples:
+  python -m composer_sassha.compare digits                         every method with seeds 0, 1 and 2
+  python -m composer_sassha.compare digits --methods sgd,sam --seeds 0,1,2,3,4 --jobs 2
+  python -m composer_sassha.compare digits --table                 what the runs so far add up to
+  python -m composer_sassha.compare my.yaml max_duration=5ep save_folder=short
+
+Each run is a call of composer_sassha.train: those that are finished are left alone, and those that were
+stopped are continued. <save_folder>/<recipe name> gets report.html, table.md, table.csv and curves.png.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0 when all runs are finished, 1 if some failed, 2 for a mistake, with one line on
+        standard error and nothing written, 130 after Ctrl-C, 129 and 143 after SIGHUP and SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _compare(_parser().parse_intermixed_args(argv), _command(argv))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (package := (error.name or "").split(".")[0]) not in _OPTIONAL:
+            raise
+        print(f"compare: needs {package}; pip install 'composer_sassha[demo]'", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Composer turns SIGINT and SIGTERM into SystemExit with these codes; SIGHUP is ours.
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if code not in (129, 130, 143):
+            raise
+        print("interrupted; the same command goes on, and --table shows what is finished", file=sys.stderr)
+        return int(code)
+
+
+def _compare(arguments: argparse.Namespace, command: str) -> int:
+    recipe, overrides = _split(arguments.arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("compare: starts processes of its own; run it with python -m, without a launcher")
+    # Only now, as they import torch and Composer, which --help need not wait for.
+    from composer_sassha.comparison.grid import load_grid, look, report_folder
+    from composer_sassha.comparison.report import Report
+    from composer_sassha.recipes.folder import read_results
+
+    grid = load_grid(recipe, arguments.methods, arguments.seeds, overrides)
+    runs = look(grid)
+    report = Report(runs, command)
+    if arguments.table:
+        print(f"{report.results_text()}\n{report.settings_text()}", end="")
+        return 0
+    print(report.settings_text(), flush=True)
+    left = [run for run in runs if run.results is None]
+    failures = _train(left, recipe, overrides, arguments.jobs) if left else {}
+    for run in left:
+        run.results = read_results(run.recipe.folder / "results.json")
+    report = Report(runs, command)
+    if report.finished:
+        report.write(report_folder(grid))
+        print(f"\n{report.results_text()}\nreport: {report_folder(grid) / 'report.html'}")
+    for name, reason in failures.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _train(runs: Sequence["Run"], recipe: str, overrides: Sequence[str], at_once: int) -> dict[str, str]:
+    import torch
+
+    from composer_sassha.comparison.jobs import Job, run_jobs, visible_devices
+
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
+    train = [sys.executable, "-m", "composer_sassha.train", recipe, *overrides]
+    jobs = [
+        Job(
+            str(run),
+            [*train, f"method={run.recipe.method}", f"seed={run.recipe.seed}"],
+            run.recipe.folder.with_suffix(".log"),
+        )
+        for run in runs
+    ]
+    return run_jobs(jobs, at_once, visible_devices(os.environ, torch.cuda.device_count()))
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "composer_sassha.compare", *argv])
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_file()):
+        known = ", ".join(bundled_recipes())
+        raise ConfigError(
+            f"RECIPE: not given; name a YAML file or a bundled recipe first (there are: {known})"
+        )
+    return arguments[0], list(arguments[1:])
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be names with commas between them, such as sgd,sam")
+    return list(dict.fromkeys(names))
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = text.split(",")
+    if not all(seed.strip().isdecimal() and int(seed) < 2**32 for seed in seeds):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers in [0, 2**32), such as 0,1,2")
+    return list(dict.fromkeys(int(seed) for seed in seeds))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
+    return int(text)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m composer_sassha.compare",
+        usage="%(prog)s RECIPE [--methods A,B] [--seeds 0,1] [--jobs N] [--table] [key=value ...]",
+        description="Train the methods of a recipe with several seeds, and report what they add up to.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="RECIPE, key=value",
+        help="a YAML file or the name of a bundled recipe, then settings that win over its own",
+    )
+    parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="all by default")
+    parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1", help="0,1,2 by default")
+    parser.add_argument(
+        "--jobs", type=_at_least_one, default=1, metavar="N", help="runs at the same time (1)"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of what is there; run and write nothing"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Whether the methods of a comparison differ in what is compared, and in nothing else."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from composer_sassha.comparison.grid import Run
+from composer_sassha.recipes.config import Recipe
+from composer_sassha.recipes.folder import _flatten
+
+_COMPARED = ("optimizer", "algorithms", "schedules")
+_OF_NO_EFFECT = (
+    "method",
+    "seed",
+    "reported",
+    "baseline",
+    "name",
+    "save_folder",
+    "save_interval",
+    "progress_bar",
+)
+
+
+def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """For every method its optimizer, algorithms and schedules, with the settings that matter.
+
+    These are the first of each, such as lr or rho, and those that some method has changed from the default.
+
+    >>> from composer_sassha.comparison.grid import load_grid
+    >>> runs = [Run(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
+    >>> compared_settings(runs)["sgd"]
+    {'optimizer': 'sgd(lr=0.3, weight_decay=0.002)', 'algorithms': ''}
+    """
+    rows = {run.recipe.method: _components(run.recipe) for run in runs}
+    used = [key for key in _COMPARED if any(row[key] for row in rows.values())]
+    shown: dict[type, set[str]] = defaultdict(set)
+    for row in rows.values():
+        for component in (component for key in used for component in row[key].values()):
+            shown[type(component)] |= _first_and_changed(component)
+    return {
+        method: {key: ", ".join(_text(name, part, shown) for name, part in row[key].items()) for key in used}
+        for method, row in rows.items()
+    }
+
+
+def _components(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The parts of each section by what they are called."""
+    names = {key: part["name"] for key, part in recipe.settings()["schedules"].items()}
+    return {
+        "optimizer": {recipe.settings()["optimizer"]["name"]: recipe.optimizer},
+        "algorithms": recipe.algorithms,
+        "schedules": {f"{key}: {names[key]}": part for key, part in recipe.schedules.items()},
+    }
+
+
+def _first_and_changed(component: Any) -> set[str]:
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(component)
+    }
+    changed = {name for name in defaults if _plain(getattr(component, name)) != _plain(defaults[name])}
+    return changed | set(list(defaults)[:1])
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(name: str, component: Any, shown: dict[type, set[str]]) -> str:
+    names = [field.name for field in fields(component) if field.name in shown[type(component)]]
+    return f"{name}({', '.join(f'{name}={getattr(component, name)}' for name in names)})"
+
+
+def unfair_differences(runs: Sequence[Run]) -> list[str]:
+    """Differences between the methods that a comparison should not have, one line each.
+
+    These are all settings but the optimizer, the algorithms and their schedules, and where the runs were
+    trained: on which kind of device, on how many processes.
+
+    >>> from composer_sassha.comparison.grid import load_grid
+    >>> first, second = load_grid("digits", ["sgd", "sam"], seeds=[0])
+    >>> second.max_duration = "60ep"
+    >>> unfair_differences([Run(first, None), Run(second, None)])
+    ['max_duration differs: 30ep (sgd), 60ep (sam)']
+    """
+    recipes = {run.recipe.method: run.recipe for run in runs}
+    found = {method: _flatten(recipe.settings()) for method, recipe in recipes.items()}
+    keys = dict.fromkeys(key for settings in found.values() for key in settings)
+    methods: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for key in keys:
+        if key.split(".")[0] not in _COMPARED + _OF_NO_EFFECT:
+            for method, settings in found.items():
+                methods[key][str(settings.get(key, "not there"))].append(method)
+    for run in runs:
+        if run.results is not None:
+            for key in ("device", "world_size"):
+                methods[key][str(run.results[key])].append(run.recipe.method)
+    return [
+        f"{key} differs: "
+        + ", ".join(f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in by_value.items())
+        for key, by_value in methods.items()
+        if len(by_value) > 1
+    ]

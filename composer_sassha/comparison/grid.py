@@ -1,0 +1,94 @@
+"""The grid of a comparison: a recipe's methods times seeds, and what the run folders hold of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from composer_sassha.recipes.config import Recipe, _read, load_recipe
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.files import find_recipe
+from composer_sassha.recipes.folder import earlier_results
+from composer_sassha.recipes.schema import lookup, mapping
+
+_OWN_OPTIONS = {"method": "--methods", "seed": "--seeds"}
+
+
+def load_grid(
+    recipe: str, methods: Sequence[str] = (), seeds: Sequence[int] = (0, 1, 2), overrides: Sequence[str] = ()
+) -> list[Recipe]:
+    """The runs of a comparison: every seed of the first method, then of the second, and so on.
+
+    Args:
+        recipe: a path, or the name of a bundled recipe.
+        methods: rows of the recipe, or all of them. A recipe without `methods` is one row.
+        seeds: of every method.
+        overrides: `key=value`, for all methods alike.
+
+    Raises:
+        ConfigError: anything that cannot be run, in one line.
+
+    >>> [run.folder.as_posix() for run in load_grid("digits", ["sgd", "sam"], [0])]
+    ['runs/digits/sgd/seed0', 'runs/digits/sam/seed0']
+    """
+    for override in overrides:
+        if option := _OWN_OPTIONS.get(override.split("=")[0]):
+            raise ConfigError(f"{override}: a comparison has several; choose them with {option}")
+    content = _read(find_recipe(recipe))
+    rows = mapping(content.get("methods", {content.get("method"): {}}), "methods")
+    for method in methods:
+        lookup(rows, method, "--methods")
+    if "methods" not in content:  # load_recipe says what is missing
+        loaded = [load_recipe(recipe, overrides)]
+    else:
+        loaded = [load_recipe(recipe, [*overrides, f"method={method}"]) for method in methods or rows]
+    if not loaded:
+        raise ConfigError(f"{recipe}: its methods are empty")
+    return [replace(row, seed=seed) for row in loaded for seed in seeds]
+
+
+@dataclass
+class Run:
+    """One run of the grid, as its folder has it.
+
+    Args:
+        recipe: the settings of the run.
+        results: what is in its results.json, or None if it is not finished.
+    """
+
+    recipe: Recipe
+    results: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        return f"{self.recipe.method} seed {self.recipe.seed}"
+
+    @property
+    def state(self) -> str:
+        """`finished`, `not begun`, or how far it has come."""
+        if self.results is not None:
+            return "finished"
+        steps = sum("seconds" in record for record in self.records())
+        return f"unfinished, {steps} steps" if steps else "not begun"
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of its metrics.jsonl; none if it is missing or damaged."""
+        try:
+            text = (self.recipe.folder / "metrics.jsonl").read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.splitlines()]
+        except (OSError, ValueError):
+            return []
+
+
+def look(recipes: Sequence[Recipe]) -> list[Run]:
+    """See which of the runs are finished.
+
+    Raises:
+        ConfigError: a run folder holds something else, such as a run with other settings.
+    """
+    return [Run(recipe, earlier_results(recipe)) for recipe in recipes]
+
+
+def report_folder(recipes: Sequence[Recipe]) -> Path:
+    """Where the report goes: `<save_folder>/<recipe name>`."""
+    return recipes[0].folder.parents[1]

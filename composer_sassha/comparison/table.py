@@ -1,0 +1,147 @@
+"""The table of a comparison: what the seeds of each method add up to, and whether methods differ."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from composer_sassha.comparison.grid import Run
+
+LEVEL = 0.05  # of significance, for all tests of a table together
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that every run ends with.
+
+    Args:
+        name: its key in results.json.
+        torchmetric: the end of its key in metrics.jsonl.
+        label: in a column's head.
+        best: `max` or `min`.
+        scale: what it is multiplied by to be shown.
+        digits: shown after the point.
+    """
+
+    name: str
+    torchmetric: str
+    label: str
+    best: Callable[..., Any]
+    scale: float
+    digits: int
+
+    def logged(self, heldout: str) -> str:
+        """Its key in metrics.jsonl, for the part of the data that was held out."""
+        return f"metrics/{heldout}/{self.torchmetric}"
+
+
+# The first is the one that methods are ranked by.
+METRICS = (
+    Metric("accuracy", "MulticlassAccuracy", "accuracy, %", max, scale=100.0, digits=2),
+    Metric("loss", "CrossEntropy", "loss", min, scale=1.0, digits=4),
+)
+
+
+@dataclass
+class Row:
+    """One method: its runs, and what is measured on those that are finished."""
+
+    method: str
+    runs: list[Run]
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The content of each results.json that there is."""
+        return [run.results for run in self.runs if run.results is not None]
+
+    @property
+    def reported(self) -> float | None:
+        """The published accuracy, in percent."""
+        return self.runs[0].recipe.reported
+
+    def values(self, metric: Metric) -> list[float]:
+        """The metric of each finished run, as it is shown; NaN where it was not finite."""
+        return [math.nan if (v := r[metric.name]) is None else metric.scale * v for r in self.results]
+
+    def mean(self, metric: Metric) -> float | None:
+        """Over the seeds; None without any."""
+        values = self.values(metric)
+        return float(np.mean(values)) if values else None
+
+    def deviation(self, metric: Metric) -> float | None:
+        """The sample's standard deviation over the seeds; None with fewer than two."""
+        values = self.values(metric)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def cost(self, baseline: Sequence[dict[str, Any]]) -> list[float]:
+        """Each run's time of a step, in units of the median of the baseline's runs on equal machines."""
+        costs = []
+        for run in self.results:
+            same = [r for r in baseline if all(r[key] == run[key] for key in ("device", "world_size"))]
+            if same:
+                costs.append(run["seconds_per_step"] / median(r["seconds_per_step"] for r in same))
+        return costs
+
+    @cached_property
+    def skipped_steps(self) -> int:
+        """Steps in which nothing changed, over all finished runs."""
+        # Each is logged in its own record; the number there begins anew when a run is continued.
+        finished = (run for run in self.runs if run.results is not None)
+        return sum(
+            any(key.endswith("/skipped_steps") for key in r) for run in finished for r in run.records()
+        )
+
+
+def rows_of(runs: Iterable[Run]) -> list[Row]:
+    """One row for each method, in the order of the runs."""
+    rows: dict[str, Row] = {}
+    for run in runs:
+        rows.setdefault(run.recipe.method, Row(run.recipe.method, [])).runs.append(run)
+    return list(rows.values())
+
+
+def best_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
+    """The row with the best mean, and those that equal it, among those with the largest number of seeds."""
+    seeds = max(len(row.results) for row in rows)
+    means = [
+        (row, mean) for row in rows if len(row.results) == seeds and (mean := row.mean(metric)) is not None
+    ]
+    finite = [(row, mean) for row, mean in means if math.isfinite(mean)]
+    if not finite:
+        return []
+    best = metric.best(mean for _, mean in finite)
+    return [row for row, mean in finite if math.isclose(mean, best, rel_tol=1e-9)]
+
+
+def winner(rows: Sequence[Row]) -> Row | None:
+    """The best row in the first metric, between equals in the second; None if there is no finite mean."""
+    first, second = METRICS
+    best = best_rows(rows, first)
+    return (best_rows(best, second) or best)[0] if best else None
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The two-sided p of Welch's t-test; None where it does not exist.
+
+    That is with fewer than two values on either side, where neither side varies, and with values that are not
+    finite.
+
+    >>> round(welch([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]), 4)
+    0.2838
+    >>> welch([1.0], [1.0, 2.0]) is welch([1.0, 1.0], [2.0, 2.0]) is None
+    True
+    """
+    if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Precision loss"
+        )  # one side does not vary, which is no harm
+        p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)
+    return p if math.isfinite(p) else None

@@ -1,0 +1,32 @@
+"""The data sets a recipe can name. To add one: write a dataclass with `build`, and add a line to `DATASETS`.
+
+`build` returns what the Trainer needs: a loader for training, and an `Evaluator` named after the held-out
+part.
+"""
+
+from composer_sassha.recipes.data.digits import Digits
+from composer_sassha.recipes.data.folders import ImageFolder, ImageNet
+from composer_sassha.recipes.data.torchvision_sets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+
+DATASETS: dict[str, type] = {
+    "digits": Digits,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "svhn": SVHN,
+    "image_folder": ImageFolder,
+    "imagenet": ImageNet,
+}
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "DATASETS",
+    "MNIST",
+    "SVHN",
+    "Digits",
+    "FashionMNIST",
+    "ImageFolder",
+    "ImageNet",
+]

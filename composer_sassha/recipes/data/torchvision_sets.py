@@ -1,0 +1,98 @@
+"""The data sets that torchvision reads, and downloads where it is told to."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torchvision import datasets
+
+from composer_sassha.recipes.data.images import InMemoryImages, Split
+
+
+@dataclass
+class TorchvisionImages(InMemoryImages):
+    """A data set of torchvision; the other arguments are those of `InMemoryImages`.
+
+    Args:
+        root: the folder with its files.
+        download: get them where they are missing.
+    """
+
+    root: str = "~/data"
+    download: bool = False
+
+    def read(self) -> tuple[Split, Split]:
+        """Raises ValueError, which says how to get the data set, where it is missing."""
+        root = Path(self.root).expanduser()
+        try:
+            if self.download:
+                root.mkdir(parents=True, exist_ok=True)
+            # Of several processes the first downloads, and the others find the files there.
+            with FileLock(root / ".download.lock") if self.download else nullcontext():
+                return self.split(str(root), train=True), self.split(str(root), train=False)
+        except RuntimeError as error:
+            raise ValueError(
+                f"root={self.root}: {type(self).__name__} is not there, or damaged; add data.download=true "
+                "to get it, or set data.root to where it is"
+            ) from error
+        except OSError as error:
+            raise ValueError(f"root={self.root}: {type(self).__name__} cannot be had: {error}") from error
+
+    def split(self, root: str, train: bool) -> Split:
+        """The training or the test split."""
+        raise NotImplementedError
+
+
+@dataclass
+class CIFAR10(TorchvisionImages):
+    """60,000 photographs of 32x32 pixels in 10 classes (Krizhevsky 2009); 10,000 are the test split."""
+
+    def split(self, root: str, train: bool) -> Split:
+        found = datasets.CIFAR10(root, train, download=self.download)
+        return Split(torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets))
+
+
+@dataclass
+class CIFAR100(TorchvisionImages):
+    """60,000 photographs of 32x32 pixels in 100 classes (Krizhevsky 2009); 10,000 are the test split."""
+
+    def split(self, root: str, train: bool) -> Split:
+        found = datasets.CIFAR100(root, train, download=self.download)
+        return Split(torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets))
+
+
+@dataclass
+class MNIST(TorchvisionImages):
+    """70,000 grey handwritten digits of 28x28 pixels (LeCun et al. 1998); 10,000 are the test split."""
+
+    flip: bool = False  # a mirrored digit is none
+
+    def split(self, root: str, train: bool) -> Split:
+        found = datasets.MNIST(root, train, download=self.download)
+        return Split(found.data[:, None], found.targets)
+
+
+@dataclass
+class FashionMNIST(TorchvisionImages):
+    """70,000 grey pictures of clothes, 28x28 pixels, in 10 classes (Xiao et al. 2017); 10,000 to test."""
+
+    def split(self, root: str, train: bool) -> Split:
+        found = datasets.FashionMNIST(root, train, download=self.download)
+        return Split(found.data[:, None], found.targets)
+
+
+@dataclass
+class SVHN(TorchvisionImages):
+    """99,289 house numbers, 32x32 pixels around one digit (Netzer et al. 2011); 26,032 are the test split.
+
+    Needs SciPy.
+    """
+
+    flip: bool = False  # a mirrored digit is none
+
+    def split(self, root: str, train: bool) -> Split:
+        found = datasets.SVHN(root, "train" if train else "test", download=self.download)
+        return Split(torch.from_numpy(found.data), torch.from_numpy(found.labels.astype(np.int64)))
