@@ -1,6 +1,7 @@
 """The lazy refresh: a Hessian diagonal every few steps, gathered on the way of an ordinary backward pass."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from composer_sassha import _validate
 from composer_sassha._ranks import average_, rank, world_size
-from composer_sassha._sharding import Shards, local, shards_of
+from composer_sassha._sharding import Shards, forget_copies, local, shards_of
 from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
@@ -133,6 +134,7 @@ class LazyCurvature:
         self._params: list[Tensor] = []
         self._parts: list[Tensor] = []  # what this rank holds of each: of a whole parameter, all of it
         self._shards: Shards | None = None
+        self._model: nn.Module | None = None
         self._others: list[Tensor] = []
         self._total: Tensor | None = None
         self._uses: list[int] = []
@@ -150,6 +152,7 @@ class LazyCurvature:
         *,
         gradient_scale: float = 1.0,
         scale: float = 1.0,
+        model: nn.Module | None = None,
     ) -> None:
         """Estimate in the coming pass.
 
@@ -160,6 +163,7 @@ class LazyCurvature:
             gradient_scale: what a gradient scaler multiplies the loss with, for float16 compute: the gradient
                 is taken at this scale, and the estimate is freed of it.
             scale: what the loss is multiplied with while it is differentiated for the estimate alone.
+            model: what has sharded parameters, and gathers them.
 
         Raises:
             RuntimeError: `params` is empty.
@@ -176,6 +180,7 @@ class LazyCurvature:
         self._params, self._others, self._step = list(params), list(others), step
         self._parts = local(params)
         self._scale, self._gradient_scale = scale, gradient_scale
+        self._model = model
         self._uses = [0] * len(params)
         # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
         # used.
@@ -264,7 +269,7 @@ class LazyCurvature:
         mean = samples.clone()
         average_(mean)
         weight = (samples / mean).item()
-        gradients = ByBackward(self._params, weight)
+        gradients = ByBackward(self._params, self._others, weight)
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.evaluates_again else (),
@@ -276,9 +281,15 @@ class LazyCurvature:
             # What is not evaluated again has the graph that the loss still needs.
             gradients=gradients if self.evaluates_again else lambda loss, _: gradients(loss, True),
             spread=world_size() / weight,
+            on_write=functools.partial(forget_copies, self._model),
         )
         diagonals = ESTIMATORS[self.estimator](batch)
         used = sorted(gradients.used)
+        if not used:
+            raise RuntimeError(
+                "LazyHessian: FSDP2 has averaged no gradient; on steps that refresh the Hessian it is to do "
+                "so in every backward: model.set_requires_gradient_sync(True)"
+            )
         self._gather([diagonals[i] for i in used], used, mean)
         loss = evaluation.loss.clone()
         loss.register_hook(self._skip)
