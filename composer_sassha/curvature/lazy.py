@@ -248,13 +248,16 @@ class LazyCurvature:
         grads = [grad.detach() for grad in all_grads if grad is not None]
         share = 1.0 if part is None or size is None else part / size
 
-        def deliver(weight: Tensor) -> list[Tensor]:
+        def weigh(weight: Tensor) -> None:
             weight = weight.reshape(())
             # Only now is the microbatch's weight known.
             self._add(diagonals, own, weight / self._gradient_scale, share)
-            return list(torch._foreach_mul(grads, weight))
+            grads[:] = torch._foreach_mul(grads, weight)
 
-        return _Delivery.apply(loss.detach(), deliver, *used)
+        stand_in = loss.detach()
+        for p in used:
+            stand_in = _Delivery.apply(stand_in, p, grads)
+        return _Weighing.apply(stand_in, weigh)
 
     def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
         """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
@@ -410,24 +413,40 @@ class LazyCurvature:
         return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
 
 
-class _Delivery(torch.autograd.Function):
-    """Stands in for a loss: the same value, and a backward that hands out gradients computed before.
-
-    They reach the parameters through the ordinary hooks, those of DistributedDataParallel among them, which a
-    backward with create_graph=True does not.
-    """
+class _Weighing(torch.autograd.Function):
+    """The end of a chain that stands in for a loss: its backward weighs the gradients computed before."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, deliver: Callable[[Tensor], list[Tensor]], *params: Tensor) -> Tensor:
-        ctx.deliver = deliver
+    def forward(ctx: Any, loss: Tensor, weigh: Callable[[Tensor], None]) -> Tensor:
+        ctx.weigh = weigh
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        deliver, ctx.deliver = ctx.deliver, None  # the loss may be kept for its value; the gradients may not
-        if deliver is None:
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
+        weigh, ctx.weigh = ctx.weigh, None  # the loss may be kept for its value; the gradients may not
+        if weigh is None:
             raise RuntimeError("the loss of a refresh pass can be differentiated once")
-        return None, None, *deliver(weight)
+        weigh(weight)
+        return weight, None
+
+
+class _Delivery(torch.autograd.Function):
+    """A link of that chain: its backward hands one parameter its gradient, the last of a list.
+
+    It reaches the parameter through the ordinary hooks, those of DistributedDataParallel among them, which a
+    backward with create_graph=True does not. And the last parameter comes first, as in an ordinary backward:
+    DistributedDataParallel sorts its buckets by what it sees in the first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, param: Tensor, grads: list[Tensor]) -> Tensor:
+        ctx.grads = grads
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+        grads, ctx.grads = ctx.grads, None
+        return weight, grads.pop(), None
 
 
 @contextlib.contextmanager
