@@ -35,6 +35,7 @@ class PerturbingAlgorithm(Algorithm):
             _validate.boolean(name, "sync_ascent", sync_ascent)
         self.sync_ascent = sync_ascent
         self._looked_for_sync = False
+        self._first_batch = True  # of a call of fit()
 
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor, for `repr`."""
@@ -60,6 +61,7 @@ class PerturbingAlgorithm(Algorithm):
                 copy.copy(self.perturbation), self.interval, sync_ascent=bool(self.sync_ascent)
             )
         elif event == Event.FIT_START:
+            self._first_batch = True
             _trainer.scale_gradients(state)  # fit() may have been given another precision
             self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
         elif event == Event.BATCH_END:
@@ -68,13 +70,23 @@ class PerturbingAlgorithm(Algorithm):
 
     def _say_if_synchronized(self, state: State) -> None:
         """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""
-        norm = state.optimizers[0].metrics.get("grad_norm")
-        if self.sync_ascent is not False or self._looked_for_sync or not norm or dist.get_world_size() == 1:
+        norm, first = state.optimizers[0].metrics.get("grad_norm"), self._first_batch
+        self._first_batch = False
+        # Only what all ranks know alike may decide on whether to ask them.
+        if (
+            self.sync_ascent is not False
+            or self._looked_for_sync
+            or norm is None
+            or dist.get_world_size() == 1
+        ):
             return
-        if state.auto_microbatching and state.timestamp.batch == 0:
-            return  # the Trainer synchronizes all of the first batch
+        if state.auto_microbatching and first:
+            return  # the Trainer synchronizes all of it
+        norms = dist.all_gather_object(norm)
+        if not all(0 < norm < math.inf for norm in norms):
+            return
         self._looked_for_sync = True
-        if len(set(dist.all_gather_object(norm))) == 1 and dist.get_global_rank() == 0:
+        if len(set(norms)) == 1 and dist.get_global_rank() == 0:
             warnings.warn(
                 f"{type(self).__name__}: all ranks perturb along the same gradient, as with "
                 "sync_ascent=True: every gradient is averaged (by FSDP, ddp_sync_strategy='forced_sync', or "

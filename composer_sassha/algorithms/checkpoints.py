@@ -26,7 +26,8 @@ def ignore_own_entries(state_dict: dict[str, Any]) -> None:
         >>> group
         {'lr': 0.1, 'params': ['weight']}
     """
-    for optimizer in state_dict["state"].get("optimizers", {}).values():
+    optimizers = (state_dict.get("state") or {}).get("optimizers")  # None where rank 0 alone has loaded them
+    for optimizer in (optimizers or {}).values():
         for group in optimizer["param_groups"]:
             for name in COUNTERS:
                 group.pop(name, None)

@@ -179,8 +179,11 @@ class _Replay:
         state, model = self.state, plain(self.state.model)
         batch = select(self.batch, slice(count), size_of(self.batch))
         after = self._snapshot()
-        # The first evaluation's graph may hold buffers, and will find the same values in them.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(state.model.buffers())):
+        with contextlib.ExitStack() as unnoticed:
+            for buffer in state.model.buffers():
+                # The first evaluation's graph may hold it, and will find the same values in it.
+                if not buffer.is_inference():
+                    unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
             self.before.restore()
             try:
                 with get_precision_context(state.precision, state.precision_config):

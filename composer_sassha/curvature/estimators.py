@@ -47,6 +47,7 @@ class Microbatch:
     # Of sharded parameters: how to differentiate, and how many predictions there are for each one here.
     gradients: Gradients | None = None
     spread: float = 1.0
+    on_write: Callable[[], None] = torch.clear_autocast_cache  # see `finite_difference_diagonal`
 
 
 def _hutchinson(batch: Microbatch) -> list[Tensor]:
@@ -92,7 +93,9 @@ def _finite_difference(batch: Microbatch) -> list[Tensor]:
         with again(size) as evaluation:
             yield evaluation if isinstance(evaluation, Tensor) else evaluation.loss
 
-    return finite_difference_diagonal(batch.grads, batch.params, batch.keys, loss_again, batch.gradients)
+    return finite_difference_diagonal(
+        batch.grads, batch.params, batch.keys, loss_again, batch.gradients, batch.on_write
+    )
 
 
 ESTIMATORS: dict[str, Callable[[Microbatch], list[Tensor]]] = {

@@ -26,6 +26,7 @@ def finite_difference_diagonal(
     keys: Sequence[Sequence[int]],
     again: Callable[[], AbstractContextManager[Tensor]],
     gradients: Gradients | None = None,
+    on_write: Callable[[], None] = torch.clear_autocast_cache,
 ) -> list[Tensor]:
     """Estimate diag H as the mean over probes of `z * (g(w + h z) - g(w)) / h`, z Rademacher.
 
@@ -44,6 +45,8 @@ def finite_difference_diagonal(
         again: returns a context in which the same loss has been computed once more, at the parameters' values
             of that moment, and can be differentiated.
         gradients: how to differentiate. Default: `by_autograd(params)`.
+        on_write: called whenever the parameters have been written to, to forget copies of them. Default:
+            autocast's.
 
     Raises:
         ValueError: a parameter is of lower precision than float32.
@@ -70,13 +73,15 @@ def finite_difference_diagonal(
     total = [torch.zeros_like(p) for p in params]
     for key in keys:
         probe = rademacher(params, key)
-        with restored(params):
-            with torch.no_grad():
-                torch._foreach_add_(list(params), probe, alpha=step)
-            torch.clear_autocast_cache()  # it holds the parameters as they were
-            with again() as loss:
-                displaced = gradients(loss, False)
-        torch.clear_autocast_cache()
+        try:
+            with restored(params):
+                with torch.no_grad():
+                    torch._foreach_add_(list(params), probe, alpha=step)
+                on_write()
+                with again() as loss:
+                    displaced = gradients(loss, False)
+        finally:
+            on_write()
         differences = torch._foreach_sub(list(displaced), list(grads))
         torch._foreach_addcmul_(total, probe, list(differences), 1 / (step * len(keys)))
     return total

@@ -31,22 +31,23 @@ class ByBackward:
 
     Args:
         params: sharded parameters. Their `grad` is put back.
+        others: those of the same loss that are not asked for. Their `grad` is put back too.
         weight: what this rank's loss counts for in the average.
     """
 
-    def __init__(self, params: Sequence[Tensor], weight: float) -> None:
-        self.params, self.weight = params, weight
+    def __init__(self, params: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
+        self.params, self.everyone, self.weight = params, [*params, *others], weight
         self.used: set[int] = set()  # which parameters have had a gradient
 
     def __call__(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
-        kept = [p.grad for p in self.params]
+        kept = [p.grad for p in self.everyone]
         try:
-            for p in self.params:
+            for p in self.everyone:
                 p.grad = None
             (loss * self.weight).backward(retain_graph=retain_graph)
             found = local(p.grad for p in self.params)
         finally:
-            for p, grad in zip(self.params, kept, strict=True):
+            for p, grad in zip(self.everyone, kept, strict=True):
                 p.grad = grad
         self.used |= {i for i, grad in enumerate(found) if grad is not None}
         parts = local(self.params)

@@ -1,6 +1,7 @@
 """The lazy refresh: a Hessian diagonal every few steps, gathered on the way of an ordinary backward pass."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from composer_sassha import _validate
 from composer_sassha._ranks import average_, rank, world_size
-from composer_sassha._sharding import Shards, local, shards_of
+from composer_sassha._sharding import Shards, forget_copies, local, shards_of
 from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
@@ -133,6 +134,7 @@ class LazyCurvature:
         self._params: list[Tensor] = []
         self._parts: list[Tensor] = []  # what this rank holds of each: of a whole parameter, all of it
         self._shards: Shards | None = None
+        self._model: nn.Module | None = None
         self._others: list[Tensor] = []
         self._total: Tensor | None = None
         self._uses: list[int] = []
@@ -150,6 +152,7 @@ class LazyCurvature:
         *,
         gradient_scale: float = 1.0,
         scale: float = 1.0,
+        model: nn.Module | None = None,
     ) -> None:
         """Estimate in the coming pass.
 
@@ -160,6 +163,7 @@ class LazyCurvature:
             gradient_scale: what a gradient scaler multiplies the loss with, for float16 compute: the gradient
                 is taken at this scale, and the estimate is freed of it.
             scale: what the loss is multiplied with while it is differentiated for the estimate alone.
+            model: what has sharded parameters, and gathers them.
 
         Raises:
             RuntimeError: `params` is empty.
@@ -176,6 +180,7 @@ class LazyCurvature:
         self._params, self._others, self._step = list(params), list(others), step
         self._parts = local(params)
         self._scale, self._gradient_scale = scale, gradient_scale
+        self._model = model
         self._uses = [0] * len(params)
         # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
         # used.
@@ -243,13 +248,16 @@ class LazyCurvature:
         grads = [grad.detach() for grad in all_grads if grad is not None]
         share = 1.0 if part is None or size is None else part / size
 
-        def deliver(weight: Tensor) -> list[Tensor]:
+        def weigh(weight: Tensor) -> None:
             weight = weight.reshape(())
             # Only now is the microbatch's weight known.
             self._add(diagonals, own, weight / self._gradient_scale, share)
-            return list(torch._foreach_mul(grads, weight))
+            grads[:] = torch._foreach_mul(grads, weight)
 
-        return _Delivery.apply(loss.detach(), deliver, *used)
+        stand_in = loss.detach()
+        for p in used:
+            stand_in = _Delivery.apply(stand_in, p, grads)
+        return _Weighing.apply(stand_in, weigh)
 
     def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
         """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
@@ -264,7 +272,7 @@ class LazyCurvature:
         mean = samples.clone()
         average_(mean)
         weight = (samples / mean).item()
-        gradients = ByBackward(self._params, weight)
+        gradients = ByBackward(self._params, self._others, weight)
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.evaluates_again else (),
@@ -276,9 +284,15 @@ class LazyCurvature:
             # What is not evaluated again has the graph that the loss still needs.
             gradients=gradients if self.evaluates_again else lambda loss, _: gradients(loss, True),
             spread=world_size() / weight,
+            on_write=functools.partial(forget_copies, self._model),
         )
         diagonals = ESTIMATORS[self.estimator](batch)
         used = sorted(gradients.used)
+        if not used:
+            raise RuntimeError(
+                "LazyHessian: FSDP2 has averaged no gradient; on steps that refresh the Hessian it is to do "
+                "so in every backward: model.set_requires_gradient_sync(True)"
+            )
         self._gather([diagonals[i] for i in used], used, mean)
         loss = evaluation.loss.clone()
         loss.register_hook(self._skip)
@@ -399,24 +413,40 @@ class LazyCurvature:
         return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
 
 
-class _Delivery(torch.autograd.Function):
-    """Stands in for a loss: the same value, and a backward that hands out gradients computed before.
-
-    They reach the parameters through the ordinary hooks, those of DistributedDataParallel among them, which a
-    backward with create_graph=True does not.
-    """
+class _Weighing(torch.autograd.Function):
+    """The end of a chain that stands in for a loss: its backward weighs the gradients computed before."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, deliver: Callable[[Tensor], list[Tensor]], *params: Tensor) -> Tensor:
-        ctx.deliver = deliver
+    def forward(ctx: Any, loss: Tensor, weigh: Callable[[Tensor], None]) -> Tensor:
+        ctx.weigh = weigh
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        deliver, ctx.deliver = ctx.deliver, None  # the loss may be kept for its value; the gradients may not
-        if deliver is None:
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
+        weigh, ctx.weigh = ctx.weigh, None  # the loss may be kept for its value; the gradients may not
+        if weigh is None:
             raise RuntimeError("the loss of a refresh pass can be differentiated once")
-        return None, None, *deliver(weight)
+        weigh(weight)
+        return weight, None
+
+
+class _Delivery(torch.autograd.Function):
+    """A link of that chain: its backward hands one parameter its gradient, the last of a list.
+
+    It reaches the parameter through the ordinary hooks, those of DistributedDataParallel among them, which a
+    backward with create_graph=True does not. And the last parameter comes first, as in an ordinary backward:
+    DistributedDataParallel sorts its buckets by what it sees in the first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, param: Tensor, grads: list[Tensor]) -> Tensor:
+        ctx.grads = grads
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
+        grads, ctx.grads = ctx.grads, None
+        return weight, grads.pop(), None
 
 
 @contextlib.contextmanager

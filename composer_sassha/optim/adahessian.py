@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from composer_sassha import _validate
@@ -97,6 +98,11 @@ class AdaHessian(SecondOrderOptimizer):
         _validate.number("AdaHessian", "hessian_power", group["hessian_power"], low=0, high=1)
         size = _validate.integer("AdaHessian", "block_size", group["block_size"], low=1)
         for p in group["params"]:
+            if isinstance(p, DTensor) and p.ndim == 2 and p.shape[1] % size:
+                raise ValueError(
+                    f"AdaHessian: block_size={size} is not allowed for a sharded parameter of shape "
+                    f"{tuple(p.shape)}; it must divide the length of its rows (1: no averaging)"
+                )
             if p.ndim == 2 and p.numel() % size:
                 raise ValueError(
                     f"AdaHessian: block_size={size} is not allowed for a parameter of shape "

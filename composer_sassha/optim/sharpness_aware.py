@@ -461,7 +461,12 @@ class SharpnessAwareOptimizer(Optimizer):
             others = [p for p in every if p.requires_grad and p not in mine]
             gradient_scale = 1.0 if self._scaler is None else self._scaler.get_scale()
             self.curvature.begin(
-                params, self.steps_taken, others, gradient_scale=gradient_scale, scale=self._hessian_scale()
+                params,
+                self.steps_taken,
+                others,
+                gradient_scale=gradient_scale,
+                scale=self._hessian_scale(),
+                model=self.model,
             )
 
     def _update_curvature(self) -> bool:

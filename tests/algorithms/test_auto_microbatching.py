@@ -1,13 +1,14 @@
 """Out of memory in any pass, under `device_train_microbatch_size='auto'`: the batch is tried again from w."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from composer.core import Event
 
 from composer_sassha import SAM
-from composer_sassha.algorithms import _checks
+from composer_sassha.algorithms import _checks, _perturbing
 from tests.helpers import PASS_EVENTS, Spy, assert_same, copied, everything, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
 
@@ -179,6 +180,22 @@ def test_a_failure_in_the_rules_own_step_keeps_the_estimate(name):
             assert len(retries) == len(fail_at)
             run.close()
     assert_same(*ends)
+
+
+def test_the_first_batch_which_the_trainer_averages_is_not_taken_for_all(monkeypatch):
+    # The other rank is a mock with the same gradient.
+    mock = SimpleNamespace(
+        get_world_size=lambda: 2, get_global_rank=lambda: 0, all_gather_object=lambda norm: [norm, norm]
+    )
+    monkeypatch.setattr(_perturbing, "dist", mock)
+    run = trainer(sgd, [SAM()], max_duration="1ba")
+    (sam,) = run.state.algorithms
+    run.state.optimizers[0].metrics["grad_norm"] = 1.0
+    run.state.auto_microbatching = True
+    sam._say_if_synchronized(run.state)
+    with pytest.warns(UserWarning, match="all ranks perturb along the same gradient"):
+        sam._say_if_synchronized(run.state)
+    run.close()
 
 
 def test_several_ranks_are_warned(monkeypatch):

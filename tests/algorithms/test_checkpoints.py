@@ -4,7 +4,7 @@ import pytest
 import torch
 from composer.algorithms import LayerFreezing
 
-from composer_sassha import MSAM, SAM, LookSAM, Sassha
+from composer_sassha import MSAM, SAM, LookSAM, Sassha, ignore_own_entries
 from composer_sassha.optim.sharpness_aware import COUNTERS
 from tests.helpers import assert_same, copied, everything, trainer
 from tests.methods import adamw, sassha, sgd
@@ -134,6 +134,14 @@ def test_curvature_is_in_the_checkpoint(tmp_path):
     weights_only.fit()
     assert weights_only.state.optimizers[0].steps_taken == 2
     weights_only.close()
+
+
+@pytest.mark.parametrize("loaded", [{}, {"state": {}}, {"state": {"optimizers": None}}])
+def test_there_may_be_nothing_to_ignore(loaded):
+    # As where rank 0 alone has read the checkpoint.
+    before = copied(loaded)
+    ignore_own_entries(loaded)
+    assert loaded == before
 
 
 def test_a_run_whose_layers_were_frozen_on_the_way_says_that_it_cannot_be_saved(tmp_path):

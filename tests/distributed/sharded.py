@@ -1,5 +1,6 @@
 """What each of two ranks does with sharded parameters (FSDP2). Started by test_sharded.py."""
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from composer_sassha import (
     SASSHA,
     SSAM,
     USAM,
+    AdaHessian,
     LazyHessian,
     LookSAM,
     Sassha,
@@ -32,7 +34,7 @@ from composer_sassha import (
     ignore_own_entries,
 )
 from composer_sassha._sharding import local
-from composer_sassha.curvature import rademacher
+from composer_sassha.curvature import LazyCurvature, rademacher
 from composer_sassha.curvature.gauss_newton import _draw
 from composer_sassha.perturbations import SAMPerturbation
 from tests.distributed.launch import run_checks
@@ -335,6 +337,62 @@ def an_exception_leaves_the_weights(at_pass: int) -> None:
     run.close()
 
 
+def an_exception_in_the_second_evaluation() -> None:
+    """Of an estimate by differences: FSDP2 forgets the weights that it has gathered there."""
+    model, calls = network(), []
+    run = build(sassha, [LazyHessian(2, estimator="finite_difference")], model=model)
+    loss = model.loss
+
+    def failing(outputs: Any, batch: Any) -> Tensor:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise Injected
+        return loss(outputs, batch)
+
+    model.loss = failing
+    before = everything(run)["weights"]
+    with contextlib.suppress(Injected):
+        run.fit()
+    assert len(calls) == 2
+    assert_same(before, everything(run)["weights"])
+    with torch.no_grad():
+        batch = dataset(6).tensors
+        assert_same(network().eval()(batch), run.state.model.eval()(batch))
+    run.close()
+
+
+def gradients_that_are_not_averaged_are_refused() -> None:
+    """A loop that accumulates without communication would mix the estimate's gradients into its own."""
+    model = fully_shard(nn.Sequential(nn.Linear(4, 3)))
+    rule = SASSHA(model.parameters(), lr=0.1)
+    optimizer = SharpnessAwareOptimizer(rule, curvature=LazyCurvature(estimator="gauss_newton"), model=model)
+    model.set_requires_gradient_sync(False)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits, labels = model(torch.randn(6, 4)), torch.arange(6) % 3
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.backward(loss, logits=logits, labels=labels)
+        return loss
+
+    try:
+        optimizer.step(closure)
+    except RuntimeError as error:
+        assert "model.set_requires_gradient_sync(True)" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+
+
+def blocks_that_shards_would_cut_are_refused() -> None:
+    model = fully_shard(nn.Linear(6, 6))
+    try:
+        AdaHessian(model.parameters(), block_size=4)
+    except ValueError as error:
+        assert "block_size=4 is not allowed for a sharded parameter of shape (6, 6)" in str(error)
+    else:
+        raise AssertionError("nothing was said")
+
+
 def a_plain_loop_needs_the_model() -> None:
     model = fully_shard(nn.Linear(4, 2))
     optimizer = SharpnessAwareOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), SAMPerturbation(0.1))
@@ -355,6 +413,14 @@ def a_plain_loop_needs_the_model() -> None:
     optimizer.model = optimizer.runner.model = model
     optimizer.step(closure)
     assert not torch.equal(before[0], whole([*model.parameters()])[0])
+
+
+OTHERS = [
+    an_exception_in_the_second_evaluation,
+    gradients_that_are_not_averaged_are_refused,
+    blocks_that_shards_would_cut_are_refused,
+    a_plain_loop_needs_the_model,
+]
 
 
 def main(out: Path) -> None:
@@ -379,7 +445,7 @@ def main(out: Path) -> None:
         checks[f"an_exception_leaves_the_weights[{at_pass}]"] = lambda at_pass=at_pass: (
             an_exception_leaves_the_weights(at_pass)
         )
-    checks["a_plain_loop_needs_the_model"] = a_plain_loop_needs_the_model
+    checks.update({check.__name__: check for check in OTHERS})
     run_checks(checks, out, double=lambda name: "agrees" in name)
 
 

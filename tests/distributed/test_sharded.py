@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from tests.distributed.launch import assert_passed, launch
-from tests.distributed.sharded import ACROSS, CHANGES, CURVED, ESTIMATED, KINDS, PERTURBED, loads, save
+from tests.distributed.sharded import (
+    ACROSS,
+    CHANGES,
+    CURVED,
+    ESTIMATED,
+    KINDS,
+    OTHERS,
+    PERTURBED,
+    loads,
+    save,
+)
 
 CHECKS = [
     *[f"agrees[{name}]" for name in PERTURBED],
@@ -13,7 +23,7 @@ CHECKS = [
     *[f"resumes[{name}-{kind}]" for kind in KINDS for name in ("looksam", "adamw_msam", *CURVED)],
     *[f"changes[{before}-{after}-{kind}]" for kind in KINDS for before, after in CHANGES],
     *[f"an_exception_leaves_the_weights[{at_pass}]" for at_pass in (1, 2)],
-    "a_plain_loop_needs_the_model",
+    *[check.__name__ for check in OTHERS],
 ]
 
 pytestmark = pytest.mark.skipif(

@@ -16,6 +16,7 @@ CHECKS = [
     *[f"branches_that_take_turns[{name}]" for name in TAKING_TURNS],
     *[f"gsam_combines[{sync}]" for sync in (False, True)],
     *[f"a_parameter_that_one_rank_uses[{name}]" for name in ("sam_sgd", "gsam_sgd", "looksam_sgd")],
+    "a_rank_without_a_gradient",
     "optimizer_of_the_head_alone",
     "evaluates_with_the_buffers_of_rank_zero",
 ]

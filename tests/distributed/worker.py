@@ -257,6 +257,21 @@ def sync_strategies(method: Method) -> None:
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(single, forced, strict=True))
 
 
+def a_rank_without_a_gradient() -> None:
+    """Nobody waits for a rank whose first batches have no gradient at all."""
+
+    def mask(event: Event, state: State, passes: int) -> None:
+        if event == Event.AFTER_LOSS and dist.get_global_rank() == 1 and state.timestamp.batch < 2:
+            state.loss = state.loss * 0
+
+    run = trainer(
+        NAMED["sam_sgd"].optimizer, NAMED["sam_sgd"].algorithms(), max_duration="4ba", callbacks=[Spy(mask)]
+    )
+    run.fit()
+    assert_equal_on_all_ranks([*run.state.model.parameters()])
+    run.close()
+
+
 def gsam_combines(sync_ascent: bool) -> None:
     """Each rank combines its own gradients and the results are averaged; or averaged ones are combined."""
     x, y = images(20).tensors
@@ -497,6 +512,7 @@ def main(out: Path, steps: int | None = None) -> None:
         checks[f"a_parameter_that_one_rank_uses[{name}]"] = lambda name=name: a_parameter_that_one_rank_uses(
             NAMED[name]
         )
+    checks["a_rank_without_a_gradient"] = a_rank_without_a_gradient
     checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
     checks["evaluates_with_the_buffers_of_rank_zero"] = evaluates_with_the_buffers_of_rank_zero
     run_checks(
