@@ -155,7 +155,7 @@ def test_help_names_recipes_and_methods_without_importing_torch() -> None:
     code += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "digits     sgd, adamw, sam, sam_adamw, asam, gsam" in done.stdout
+    assert "digits                     sgd, adamw, sam, sam_adamw, asam, gsam" in done.stdout
 
 
 @pytest.mark.parametrize("method", ["sgd", "adamw", "sam", "sassha"])
