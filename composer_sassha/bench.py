@@ -467,7 +467,11 @@ def _naming(method: str) -> Iterator[None]:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Have Composer believe that this process is the only one, as long as the ranks have not met."""
+    import torch.distributed as dist
+
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "NODE_RANK")  # LOCAL_RANK chooses the GPU
+    if dist.is_initialized():  # they have: in one process of a program that has called this one
+        names = ()  # type: ignore[assignment]
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
