@@ -41,8 +41,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from composer_sassha.recipes.command_line import CommandParser, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError, did_you_mean
-from composer_sassha.train import _Parser, _split
 
 if TYPE_CHECKING:
     from composer import Callback
@@ -553,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> _Plan:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m composer_sassha.bench",
         usage="%(prog)s --plan [RECIPE] [key=value ...] [options]",
         description="Predict the step time of every method of a recipe on several ranks.",
@@ -583,7 +583,7 @@ def _parse(argv: Sequence[str]) -> _Plan:
     given = parser.parse_intermixed_args(argv)
     if not given.plan:
         raise ConfigError("nothing to do; add --plan")
-    recipe, overrides = _split(given.arguments)
+    recipe, overrides = recipe_and_overrides(given.arguments, "digits")
     here = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = _count("--ranks", given.ranks or str(here if here > 1 else 8))
     if here not in (1, ranks):
@@ -673,23 +673,19 @@ def _planned(plan: _Plan) -> list[str]:
 
 def _recipes(plan: _Plan) -> dict[str, "Recipe"]:
     """The recipe of every method to predict, and of the baseline."""
-    from composer_sassha.recipes.config import _read, load_recipe
-    from composer_sassha.recipes.files import find_recipe
-    from composer_sassha.recipes.schema import mapping
+    from composer_sassha.recipes.config import load_recipe, read_recipe
 
     for override in plan.overrides:
         if override.startswith("method="):
             raise ConfigError(f"{override}: leave it out; --methods says which methods to predict")
-    content = _read(find_recipe(plan.recipe))
-    # Without methods it is the config.yaml of a run, or no recipe at all, which loading it will say.
-    known = [*mapping(content.get("methods", {content.get("method"): {}}), "methods")]
+    shared, known = read_recipe(plan.recipe)
     if not known:
         raise ConfigError(f"{plan.recipe}: its methods are empty, so there is none to predict")
     for method in plan.methods:
         if method not in known:
             near = did_you_mean(method, known)
             raise ConfigError(f"--methods: {method!r} is unknown{near} (there are: {', '.join(known)})")
-    chosen = [m for m in known if not plan.methods or m in (*plan.methods, content.get("baseline"))]
+    chosen = [m for m in known if not plan.methods or m in (*plan.methods, shared.get("baseline"))]
     return {m: load_recipe(plan.recipe, [*plan.overrides, f"method={m}"]) for m in chosen}
 
 

@@ -6,12 +6,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_sassha.recipes.command_line import CommandParser, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.files import bundled_recipes
-from composer_sassha.train import _Parser
 
 if TYPE_CHECKING:
     from composer_sassha.comparison.grid import Run
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(arguments: argparse.Namespace, command: str) -> int:
-    recipe, overrides = _split(arguments.arguments)
+    recipe, overrides = recipe_and_overrides(arguments.arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("compare: starts processes of its own; run it with python -m, without a launcher")
     # Only now, as they import torch and Composer, which --help need not wait for.
@@ -95,7 +93,8 @@ def _train(runs: Sequence["Run"], recipe: str, overrides: Sequence[str], at_once
 
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
-    train = [sys.executable, "-m", "composer_sassha.train", recipe, *overrides]
+    tethered = [sys.executable, "-m", "composer_sassha.comparison.tethered"]  # ends with this process
+    train = [*tethered, "composer_sassha.train", recipe, *overrides]
     jobs = [
         Job(
             str(run),
@@ -109,15 +108,6 @@ def _train(runs: Sequence["Run"], recipe: str, overrides: Sequence[str], at_once
 
 def _command(argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "composer_sassha.compare", *argv])
-
-
-def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_file()):
-        known = ", ".join(bundled_recipes())
-        raise ConfigError(
-            f"RECIPE: not given; name a YAML file or a bundled recipe first (there are: {known})"
-        )
-    return arguments[0], list(arguments[1:])
 
 
 def _names(text: str) -> list[str]:
@@ -140,8 +130,8 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m composer_sassha.compare",
         usage="%(prog)s RECIPE [--methods A,B] [--seeds 0,1] [--jobs N] [--table] [key=value ...]",
         description="Train the methods of a recipe with several seeds, and report what they add up to.",

@@ -4,14 +4,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
+from composer_sassha.recipes.command_line import CommandParser, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.files import bundled_recipes, find_recipe
 
+_DEFAULT = "digits"
 _EXAMPLES = """\
 examples:
   python -m composer_sassha.train                        the bundled digits recipe, with its own method
@@ -22,11 +22,6 @@ examples:
 
 The same command again continues a run that was stopped, and leaves a finished one alone.
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)  # one line, like every other mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     first = int(os.environ.get("RANK", "0")) == 0
     try:
-        recipe, overrides = _split(_parser(argv).parse_args(argv).arguments)
+        recipe, overrides = recipe_and_overrides(_parser(argv).parse_args(argv).arguments, _DEFAULT)
         # Only now, as they import torch and Composer, which --help need not wait for.
         from composer_sassha.recipes.config import load_recipe
         from composer_sassha.recipes.run import run, summary
@@ -66,21 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe, which comes first if it is given at all, and the overrides."""
-    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
-        return arguments[0], list(arguments[1:])
-    return "digits", list(arguments)
-
-
-def _parser(argv: Sequence[str]) -> _Parser:
+def _parser(argv: Sequence[str]) -> CommandParser:
     recipes = {name: str(path) for name, path in bundled_recipes().items()}
     asks_help = {"-h", "--help"} & set(argv)
-    recipe, _ = _split([argument for argument in argv if not argument.startswith("-")])
+    recipe, _ = recipe_and_overrides([arg for arg in argv if not arg.startswith("-")], _DEFAULT)
     if asks_help and recipe not in recipes:
         recipes = {recipe: str(find_recipe(recipe))}
     lines = [f"  {name:<26} {_methods(path)}" for name, path in recipes.items()] if asks_help else []
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m composer_sassha.train",
         usage="%(prog)s [RECIPE] [key=value ...]",
         description="Train one method of a recipe, and leave its metrics, curves and results in a folder.",

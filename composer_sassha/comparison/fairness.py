@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
+from composer_sassha import algorithms
 from composer_sassha.comparison.grid import Run
 from composer_sassha.recipes.config import Recipe
-from composer_sassha.recipes.folder import _flatten
 
 _COMPARED = ("optimizer", "algorithms", "schedules")
 _OF_NO_EFFECT = (
@@ -26,11 +26,12 @@ def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     """For every method its optimizer, algorithms and schedules, with the settings that matter.
 
     These are the first of each, such as lr or rho, and those that some method has changed from the default.
+    Where a method says how many runs it was tuned with, that is shown too.
 
     >>> from composer_sassha.comparison.grid import load_grid
     >>> runs = [Run(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
     >>> compared_settings(runs)["sgd"]
-    {'optimizer': 'sgd(lr=0.3, weight_decay=0.002)', 'algorithms': ''}
+    {'optimizer': 'sgd(lr=0.3, weight_decay=0.002)', 'algorithms': '', 'tuning runs': '36'}
     """
     rows = {run.recipe.method: _components(run.recipe) for run in runs}
     used = [key for key in _COMPARED if any(row[key] for row in rows.values())]
@@ -38,10 +39,14 @@ def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
     for row in rows.values():
         for component in (component for key in used for component in row[key].values()):
             shown[type(component)] |= _first_and_changed(component)
-    return {
+    texts = {
         method: {key: ", ".join(_text(name, part, shown) for name, part in row[key].items()) for key in used}
         for method, row in rows.items()
     }
+    if any(run.recipe.tuning_runs for run in runs):
+        for run in runs:
+            texts[run.recipe.method]["tuning runs"] = str(run.recipe.tuning_runs or "")
+    return texts
 
 
 def _components(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -75,8 +80,9 @@ def _text(name: str, component: Any, shown: dict[type, set[str]]) -> str:
 def unfair_differences(runs: Sequence[Run]) -> list[str]:
     """Differences between the methods that a comparison should not have, one line each.
 
-    These are all settings but the optimizer, the algorithms and their schedules, and where the runs were
-    trained: on which kind of device, on how many processes.
+    These are all settings but the optimizer, the methods' algorithms and their schedules: any other algorithm
+    (gradient clipping, label smoothing) should be every method's or none's. And what the finished runs were
+    trained on: which kind of device, how many processes, which seeds.
 
     >>> from composer_sassha.comparison.grid import load_grid
     >>> first, second = load_grid("digits", ["sgd", "sam"], seeds=[0])
@@ -84,21 +90,36 @@ def unfair_differences(runs: Sequence[Run]) -> list[str]:
     >>> unfair_differences([Run(first, None), Run(second, None)])
     ['max_duration differs: 30ep (sgd), 60ep (sam)']
     """
-    recipes = {run.recipe.method: run.recipe for run in runs}
-    found = {method: _flatten(recipe.settings()) for method, recipe in recipes.items()}
-    keys = dict.fromkeys(key for settings in found.values() for key in settings)
+    found = {run.recipe.method: _shared_settings(run.recipe) for run in runs}
     methods: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key in keys:
-        if key.split(".")[0] not in _COMPARED + _OF_NO_EFFECT:
-            for method, settings in found.items():
-                methods[key][str(settings.get(key, "not there"))].append(method)
+    for key in dict.fromkeys(key for settings in found.values() for key in settings):
+        for method, settings in found.items():
+            methods[key][settings.get(key, "not there")].append(method)
+    seeds: dict[str, list[int]] = defaultdict(list)
     for run in runs:
         if run.results is not None:
             for key in ("device", "world_size"):
                 methods[key][str(run.results[key])].append(run.recipe.method)
+            seeds[run.recipe.method].append(run.recipe.seed)
+    for method, finished in seeds.items():
+        methods["the set of finished seeds"][", ".join(map(str, sorted(finished)))].append(method)
     return [
         f"{key} differs: "
         + ", ".join(f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in by_value.items())
         for key, by_value in methods.items()
         if len(by_value) > 1
     ]
+
+
+def _shared_settings(recipe: Recipe) -> dict[str, str]:
+    """The settings that all methods should have alike; an algorithm that makes no method is one of them."""
+    settings = {
+        key: str(value)
+        for key, value in recipe.flat_settings().items()
+        if key.split(".")[0] not in _COMPARED + _OF_NO_EFFECT
+    }
+    for name, algorithm in recipe.algorithms.items():
+        if type(algorithm).__name__ not in algorithms.__all__:
+            arguments = ", ".join(f"{key}={value}" for key, value in asdict(algorithm).items())
+            settings[f"algorithms.{name}"] = f"{name}({arguments})"
+    return settings

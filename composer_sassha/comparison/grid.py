@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from composer_sassha.recipes.config import Recipe, _read, load_recipe
+from composer_sassha.recipes.config import Recipe, load_recipe, read_recipe
 from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.files import find_recipe
 from composer_sassha.recipes.folder import earlier_results
-from composer_sassha.recipes.schema import lookup, mapping
+from composer_sassha.recipes.schema import lookup
 
 _OWN_OPTIONS = {"method": "--methods", "seed": "--seeds"}
 
@@ -35,14 +34,10 @@ def load_grid(
     for override in overrides:
         if option := _OWN_OPTIONS.get(override.split("=")[0]):
             raise ConfigError(f"{override}: a comparison has several; choose them with {option}")
-    content = _read(find_recipe(recipe))
-    rows = mapping(content.get("methods", {content.get("method"): {}}), "methods")
+    _, rows = read_recipe(recipe)
     for method in methods:
         lookup(rows, method, "--methods")
-    if "methods" not in content:  # load_recipe says what is missing
-        loaded = [load_recipe(recipe, overrides)]
-    else:
-        loaded = [load_recipe(recipe, [*overrides, f"method={method}"]) for method in methods or rows]
+    loaded = [load_recipe(recipe, [*overrides, f"method={method}"]) for method in methods or rows]
     if not loaded:
         raise ConfigError(f"{recipe}: its methods are empty")
     return [replace(row, seed=seed) for row in loaded for seed in seeds]

@@ -23,7 +23,7 @@ class Job:
 
     Args:
         name: for messages.
-        command: with its arguments.
+        command: with its arguments. Its standard input ends when this process does; see `tethered`.
         log: where its output is kept if it crashes; a folder that it makes itself is not needed before.
     """
 
@@ -78,7 +78,7 @@ class _Running:
             # A session of its own, so that Ctrl-C reaches this process alone, which then stops its children.
             self.process = subprocess.Popen(
                 job.command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -102,6 +102,7 @@ class _Running:
 
     def finish(self) -> str | None:
         """Why it failed, or None; the output of a crash is kept."""
+        self.process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
         status = self.process.returncode
         if status == 0:
             self.job.log.unlink(missing_ok=True)  # of an earlier crash

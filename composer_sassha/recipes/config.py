@@ -1,5 +1,6 @@
 """From a YAML file and `key=value` overrides to a `Recipe`: one run, every setting checked and filled in."""
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -28,6 +29,10 @@ def _check_name(name: str) -> None:
 def _check_folder(folder: str) -> None:
     if not folder or set("{}") & set(folder):
         raise ValueError("must be a path without braces, which Composer fills in")
+    try:
+        Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_precision(precision: str) -> None:
@@ -36,8 +41,8 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"must be fp32, or on a GPU amp_bf16 or amp_fp16{did_you_mean(precision, allowed)}")
 
 
-def _check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
+def _check_count(count: int | None) -> None:
+    if count is not None and count < 1:
         raise ValueError("must be at least 1, or null")
 
 
@@ -61,7 +66,9 @@ class Recipe:
         schedules: other hyperparameters by name, each with a schedule (`schedulers.SCHEDULES`) whose
             multiplier drives it: `schedules: {rho: {name: cosine, alpha_f: 0.1}}`.
         baseline: the method that step times are compared with.
-        reported: the accuracy that the paper reports for this method, in percent.
+        reported: what the paper reports for this method, of the metric that ranks; a share is in percent.
+        tuning_runs: trainings that its hyperparameters were chosen from, >= 1, or None where that is not
+            known; `compare` warns where methods had different numbers.
         seed: of the initial weights, the order of the data and all other randomness.
         max_duration: length of the training, such as 30ep or 1000ba.
         precision: fp32, or on a GPU amp_bf16 or amp_fp16.
@@ -84,11 +91,12 @@ class Recipe:
     schedules: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     reported: float | None = None
+    tuning_runs: int | None = checked(None, _check_count)
     seed: int = checked(0, within(0, 2**32))
     max_duration: str = checked("30ep", time_in("ep", "ba", "sp"))
     precision: str = checked("fp32", _check_precision)
     device_train_microbatch_size: int | str | None = checked(None, _check_microbatch)
-    cpu_threads: int | None = checked(None, _check_threads)
+    cpu_threads: int | None = checked(None, _check_count)
     deterministic: bool = False
     save_folder: str = checked("runs", _check_folder)
     save_interval: str = checked("1ep", time_in("ep", "ba", "sp", "dur"))
@@ -110,6 +118,24 @@ class Recipe:
         plain["algorithms"] = {name: asdict(algorithm) for name, algorithm in self.algorithms.items()}
         return OmegaConf.to_container(OmegaConf.create(plain))  # type: ignore[return-value]  # tuples to lists
 
+    def flat_settings(self) -> dict[str, Any]:
+        """The settings by their dotted names, as an override writes them; an empty section is a value.
+
+        >>> load_recipe("digits").flat_settings()["optimizer.name"]
+        'sassha'
+        """
+        return _flatten(self.settings())
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
 
 def _plain(registry: Mapping[str, type], component: Any) -> dict[str, Any]:
     name = next(name for name, schema in registry.items() if type(component) is schema)
@@ -124,10 +150,32 @@ _SECTIONS: dict[str, Mapping[str, type]] = {
 }
 
 
+def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a recipe's file: the settings that its methods share, and by name what each of them adds.
+
+    The config.yaml of a run has one method, which is merged already and adds nothing.
+
+    Args:
+        recipe: a path, or the name of a bundled recipe.
+
+    Raises:
+        ConfigError: there is no such file, or it is no recipe.
+
+    >>> shared, methods = read_recipe("digits")
+    >>> shared["baseline"], "sassha" in methods
+    ('sgd', True)
+    """
+    shared = _read(find_recipe(str(recipe)))
+    if "methods" not in shared and shared.get("method") is None:
+        raise ConfigError(f"{recipe}: has neither methods nor a method, so it is no recipe")
+    return shared, mapping(shared.pop("methods", {shared.get("method"): {}}), "methods")
+
+
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: the shared settings, then those of the method, then the overrides; the later win.
 
-    Sections are merged key by key, unless the later names another component: then it replaces the earlier.
+    Sections are merged key by key. If the later names another component, only those settings stay that both
+    inherit from a common base, such as the batch size of one data set for another; the rest begins anew.
 
     Args:
         recipe: a path, or the name of a bundled recipe.
@@ -140,13 +188,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     >>> recipe.optimizer.lr, recipe.folder.as_posix()
     (0.2, 'runs/digits/sgd/seed0')
     """
-    shared = _read(find_recipe(str(recipe)))
+    shared, methods = read_recipe(recipe)
     given = _parse_overrides(overrides)
     method: Any = given.get("method", shared.get("method"))
-    if method is None and "methods" not in shared:
-        raise ConfigError(f"{recipe}: has neither methods nor a method, so it is no recipe")
-    # Without methods it is the config.yaml of a run, whose method is merged already.
-    methods = mapping(shared.pop("methods", {shared.get("method"): {}}), "methods")
     if method is None:
         raise ConfigError(f"method: not given; choose one with method=... (there are: {', '.join(methods)})")
     method = str(method)
@@ -168,15 +212,28 @@ def _merge(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     merged = dict(settings)
     for key, value in layer.items():
         before = merged.get(key)
-        if isinstance(before, dict) and isinstance(value, dict) and not _another(before, value):
-            merged[key] = _merge(before, value)
+        if isinstance(before, dict) and isinstance(value, dict):
+            merged[key] = _merge(_inherited(before, value, _SECTIONS.get(key, {})), value)
         else:
             merged[key] = value
     return merged
 
 
-def _another(before: dict[str, Any], section: dict[str, Any]) -> bool:
-    return "name" in before and "name" in section and before["name"] != section["name"]
+def _inherited(
+    before: dict[str, Any], section: dict[str, Any], registry: Mapping[str, type]
+) -> dict[str, Any]:
+    """What stays of a section when a later one is merged into it: all of it, unless that has another name."""
+    old, new = before.get("name"), section.get("name")
+    if old is None or new is None or old == new:
+        return before
+    was, becomes = _owners(registry.get(str(old))), _owners(registry.get(str(new)))
+    return {key: value for key, value in before.items() if key in was and was[key] is becomes.get(key)}
+
+
+def _owners(schema: type | None) -> dict[str, type]:
+    """Every setting of a component, and the class that declares it: two that inherit it mean the same."""
+    classes = schema.__mro__[::-1] if schema is not None else ()
+    return {key: owner for owner in classes for key in inspect.get_annotations(owner)}
 
 
 def _read(path: Path) -> dict[str, Any]:

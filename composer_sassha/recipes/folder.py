@@ -18,7 +18,7 @@ from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.run_log import write_atomically
 
 LATEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
-_NOT_COMPARED = {"progress_bar", "save_folder"}  # they do not change what a run computes
+_NOT_COMPARED = {"progress_bar", "save_folder", "tuning_runs"}  # they do not change what a run computes
 _ELSEWHERE = "choose another save_folder, such as save_folder=runs2"
 
 T = TypeVar("T")
@@ -45,9 +45,9 @@ def earlier_results(recipe: Recipe) -> dict[str, Any] | None:
         if recipe.folder.exists() and _holds_something(recipe.folder):
             raise ConfigError(f"{recipe.folder}: exists and is not a run; {_ELSEWHERE}")
         return None
-    now = _flatten(recipe.settings())
+    now = recipe.flat_settings()
     try:
-        before = _flatten(load_recipe(config).settings())
+        before = load_recipe(config).flat_settings()
     except ConfigError as error:
         raise ConfigError(
             f"{recipe.folder}: holds a run that cannot be read ({error}); {_ELSEWHERE}"
@@ -80,19 +80,9 @@ def read_results(path: Path) -> dict[str, Any] | None:
     """What `_write_results` wrote, or None if it is not that any more."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if {"accuracy", "seconds_per_step", "world_size", "device"} <= found.keys() else None
+        return found if {"loss", "seconds_per_step", "world_size", "device"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def lock_folder(recipe: Recipe, lock: FileLock) -> list[Path]:

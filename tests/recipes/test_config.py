@@ -9,9 +9,12 @@ import yaml
 
 import composer_sassha
 from composer_sassha.recipes.algorithms import ALGORITHMS
-from composer_sassha.recipes.config import load_recipe
+from composer_sassha.recipes.config import load_recipe, read_recipe
+from composer_sassha.recipes.data import Digits, ImageFolder, ImageNet
+from composer_sassha.recipes.data.images import InMemoryImages
 from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.files import bundled_recipes
+from composer_sassha.recipes.models import WRN
+from composer_sassha.recipes.schedulers import Cosine, Linear
 
 RECIPE = """
 name: small
@@ -56,6 +59,105 @@ def test_naming_another_component_replaces_the_section(recipe: Path) -> None:
     assert load_recipe(recipe, ["optimizer.name=adamw"]).optimizer == c.optimizer
 
 
+IMAGES = """
+name: images
+method: a
+model: {name: resnet_cifar}
+data: {name: cifar10, root: /cifar, download: true, batch_size: 32, padding: 2, flip: true, label_noise: 0.4,
+  noise_seed: 3, train_size: 7}
+optimizer: {name: sgd}
+methods:
+  a: {}
+  b: {data: {name: svhn, cutout: 8}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "also"),
+    [
+        (["data.name=cifar100"], {"root": "/cifar", "download": True, "flip": True}),
+        (["data.name=image_folder", "data.root=/there"], {"root": "/there", "flip": True}),
+        (["data.name=image_folder", "data.root=/there", "data.padding=0"], {"root": "/there", "padding": 0}),
+        (["data.name=mnist"], {"root": "/cifar", "flip": False}),  # which mirrors nothing unless told to
+        (["method=b"], {"root": "/cifar", "flip": False, "cutout": 8}),
+        (["method=b", "data.name=image_folder", "data.flip=true"], {"flip": True, "cutout": 8}),
+    ],
+    ids=" ".join,
+)
+def test_another_data_set_keeps_what_both_inherit(
+    overrides: list[str], also: dict[str, object], tmp_path: Path
+) -> None:
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES)
+    data = load_recipe(path, overrides).data
+    assert type(data) is not type(load_recipe(path).data)
+    expected = {"batch_size": 32, "padding": 2, "label_noise": 0.4, "noise_seed": 3, "train_size": 7} | also
+    assert {key: getattr(data, key) for key in expected} == expected
+
+
+def test_another_kind_of_data_keeps_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "images.yaml"
+    path.write_text(IMAGES)
+    for name, schema in (("imagenet", ImageNet), ("digits", Digits)):
+        assert load_recipe(path, [f"data.name={name}"]).data == schema()
+
+
+def test_a_cifar_recipe_takes_a_folder_of_images() -> None:
+    folder = load_recipe("cifar10_resnet32_noise40", ["data.name=image_folder", "data.root=/there"])
+    own = load_recipe("cifar10_resnet32_noise40")
+    inherited = {f.name for f in dataclasses.fields(InMemoryImages)}
+    assert {name: getattr(folder.data, name) for name in inherited} == {
+        name: getattr(own.data, name) for name in inherited
+    }
+    assert (folder.data, folder.data.label_noise) == (
+        ImageFolder(**{**vars(folder.data), "root": "/there"}),
+        0.4,
+    )
+    assert dataclasses.replace(folder, data=own.data) == own
+
+
+def test_another_schedule_or_model_begins_anew(recipe: Path) -> None:
+    of = ["schedulers={name: cosine, t_warmup: 2ep, alpha_f: 0.5}"]
+    assert load_recipe(recipe, [*of, "schedulers.t_warmup=1ep"]).schedulers == Cosine("1ep", 0.5)
+    recipe.write_text(RECIPE + "  d: {schedulers: {name: cosine, t_warmup: 2ep}}\n")
+    assert load_recipe(recipe, ["method=d", "schedulers.name=linear"]).schedulers == Linear()
+    assert load_recipe(recipe, ["model.name=wide_resnet", "model.depth=16"]).model == WRN(depth=16)
+
+
+def test_a_recipe_is_read_as_shared_settings_and_methods(recipe: Path, tmp_path: Path) -> None:
+    shared, methods = read_recipe(recipe)
+    assert list(methods) == ["a", "b", "c"] and methods["b"]["seed"] == 2
+    assert shared["seed"] == 1 and "methods" not in shared
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(yaml.safe_dump(load_recipe(recipe, ["method=b"]).settings()))
+    shared, methods = read_recipe(resolved)
+    assert shared["seed"] == 2 and methods == {"b": {}}
+    resolved.write_text("name: x")
+    for overrides in ([], ["method=a"]):
+        with pytest.raises(ConfigError, match="neither methods nor a method"):
+            load_recipe(resolved, overrides)
+
+
+def test_settings_can_be_read_by_their_dotted_names(recipe: Path) -> None:
+    found = load_recipe(recipe, ["method=c"])
+    flat = found.flat_settings()
+    assert (flat["optimizer.name"], flat["algorithms.sam.rho"], flat["schedules"]) == ("adamw", 0.1, {})
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flat.items()]
+    assert load_recipe(recipe, overrides) == found
+
+
+def test_the_number_of_tuning_runs_is_a_count_or_not_known(recipe: Path) -> None:
+    assert load_recipe(recipe).tuning_runs is None
+    assert load_recipe(recipe, ["tuning_runs=36"]).tuning_runs == 36
+    with pytest.raises(ConfigError, match="tuning_runs=0: must be at least 1, or null"):
+        load_recipe(recipe, ["tuning_runs=0"])
+
+
+def test_a_home_that_nobody_has_is_one_line(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"save_folder=~nobody-here/runs: .*home"):
+        load_recipe(recipe, ["save_folder=~nobody-here/runs"])
+
+
 def test_resolved_settings_make_the_same_recipe(recipe: Path, tmp_path: Path) -> None:
     overrides = ["schedulers={name: multi_step, milestones: [1ep, 2ep]}", "device_train_microbatch_size=8"]
     for method in "abc":
@@ -95,12 +197,6 @@ def test_bundled_recipes_go_by_several_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_recipe(name).name == "digits"
-
-
-@pytest.mark.parametrize("path", bundled_recipes().values(), ids=str)
-def test_every_method_of_a_bundled_recipe_is_valid(path: Path) -> None:
-    for method in yaml.safe_load(path.read_text())["methods"]:
-        assert load_recipe(path, [f"method={method}"]).method == method
 
 
 @pytest.mark.parametrize(

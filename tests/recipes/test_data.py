@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from composer.utils import dist
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -32,7 +33,7 @@ from composer_sassha.recipes.data.images import (
     channel_statistics,
     with_label_noise,
 )
-from composer_sassha.recipes.data.loading import hold_out
+from composer_sassha.recipes.data.loading import hold_out, subset
 
 
 def images(split: torch.utils.data.TensorDataset) -> torch.Tensor:
@@ -258,6 +259,56 @@ def test_label_noise_has_a_seed_of_its_own_and_spares_what_is_held_out() -> None
         assert [label_of[row.numpy().tobytes()] for row in pixels] == labels.tolist()
 
 
+def test_the_digits_have_the_same_noise_and_spare_what_is_held_out() -> None:
+    for part in ("test", "validation"):
+        clean, heldout = Digits(evaluate_on=part).splits()
+        noisy, spared = Digits(evaluate_on=part, label_noise=0.4, noise_seed=3).splits()
+        assert torch.equal(clean.tensors[0], noisy.tensors[0])
+        assert torch.equal(noisy.tensors[1], with_label_noise(clean.tensors[1], 10, 0.4, seed=3))
+        assert not torch.equal(noisy.tensors[1], clean.tensors[1])
+        assert torch.equal(heldout.tensors[1], spared.tensors[1])
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_part_of_the_training_split_is_always_the_same(part: str) -> None:
+    whole, heldout = Drawn(evaluate_on=part).splits()
+    some, again = (Drawn(evaluate_on=part, train_size=60, noise_seed=seed).splits() for seed in (0, 1))
+    assert torch.equal(some[0].images, again[0].images) and torch.equal(some[0].labels, again[0].labels)
+    assert torch.equal(some[1].images, heldout.images) and torch.equal(some[1].labels, heldout.labels)
+    label_of = {row.numpy().tobytes(): int(y) for row, y in zip(whole.images, whole.labels, strict=True)}
+    assert len(some[0].labels) == 60 and len(rows(some[0].images)) == 60
+    assert [label_of[row.numpy().tobytes()] for row in some[0].images] == some[0].labels.tolist()
+    fewer, _ = Drawn(evaluate_on=part, train_size=20).splits()
+    assert rows(fewer.images) < rows(some[0].images)  # a larger part holds a smaller one
+    every, _ = Drawn(evaluate_on=part, train_size=len(whole.labels)).splits()
+    assert torch.equal(every.images, whole.images)
+
+
+def test_a_part_is_what_is_standardised_made_noisy_and_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Drawn(train_size=60, batch_size=20, label_noise=0.5, padding=0, flip=False)
+    clean = Drawn(train_size=60).splits()[0]
+    assert torch.equal(data.splits()[0].labels, with_label_noise(clean.labels, 4, 0.5, seed=0))
+    mean, std = channel_statistics(clean.images)
+    train, _ = data.build(seed=0)
+    pixels = torch.cat([images for images, _ in train]) * std[:, None, None] + mean[:, None, None]
+    assert rows((pixels * 255).round().to(torch.uint8)) == rows(clean.images)
+    with pytest.raises(ValueError, match=r"batch_size=64 is larger than the training split \(60\)"):
+        Drawn(train_size=60, batch_size=64).build(seed=0)
+
+
+def test_a_part_that_is_larger_than_the_split_is_refused() -> None:
+    for data, size in ((Drawn(train_size=201), 200), (Drawn(train_size=181, evaluate_on="validation"), 180)):
+        with pytest.raises(ValueError, match=rf"train_size={data.train_size} is larger .*\({size}\)"):
+            data.build(seed=0)
+
+
+def test_every_sample_is_as_likely_to_be_in_a_part() -> None:
+    """Its order is not that of the data set, which is often sorted by class."""
+    chosen = subset(1000, 500)
+    assert chosen.tolist() == sorted({*chosen.tolist()})
+    assert 200 < int((chosen < 500).sum()) < 300  # 250 and 8 in deviation, if each is drawn alike
+
+
 def test_a_batch_in_memory_is_divided_among_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     train, test = Drawn(batch_size=64).build(seed=0)
@@ -361,6 +412,39 @@ def test_a_download_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         CIFAR10(root=str(tmp_path), download=True).build(0)
 
 
+@pytest.mark.parametrize("download", [False, True])
+def test_a_root_that_cannot_be_used_is_one_line(
+    download: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unasked(*_: Any, **__: Any) -> None:
+        raise AssertionError("downloads")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unasked)
+    (tmp_path / "file").touch()
+    (tmp_path / "locked/.download.lock").mkdir(parents=True)
+    roots = {"~nobody-here/data": "home"}
+    if download:  # without, nothing is written, and the data set is just not there
+        # /proc is there and takes no file: a lock in it would be waited for in vain.
+        roots |= {"/proc": "/proc", str(tmp_path / "file"): "exists", str(tmp_path / "locked"): "directory"}
+    for root, said in roots.items():
+        with pytest.raises(ValueError, match=f"root={root}: .*{said}") as refused:
+            CIFAR10(root=root, download=download).build(0)
+        assert "\n" not in str(refused.value)
+
+
+def test_another_process_that_does_not_come_to_an_end_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("composer_sassha.recipes.data.torchvision_sets._PATIENCE", 0.2)
+    with (
+        FileLock(tmp_path / ".download.lock"),
+        pytest.raises(
+            ValueError, match=r"another process has held .*\.download\.lock for .* delete that file"
+        ),
+    ):
+        CIFAR10(root=str(tmp_path), download=True).build(0)
+
+
 # Folders
 
 
@@ -390,6 +474,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(ValueError, match=said):
             ImageFolder(root=str(root)).read()
 
+    refused(Path("~nobody-here/images"), "root=~nobody-here/images: .*home")
     refused(tmp_path / "none", r"none: has to hold train/<class>/ and test/<class>/ \(or val/<class>/\)")
     (tmp_path / "empty/train").mkdir(parents=True)
     refused(tmp_path / "empty", "has to hold train")
@@ -400,6 +485,9 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, monkeypatch: pytest
     classes = write_images(tmp_path / "classes", {"train": (8, 8), "test": (8, 8)})
     (classes / "test/b").rename(classes / "test/c")
     refused(classes, "train and test differ in the class b")
+    with monkeypatch.context() as patched:  # as root reads everything, it is only said to be refused
+        patched.setattr("os.scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path)))
+        refused(classes, "classes: .*denied")
     damaged = write_images(tmp_path / "damaged", {"train": (8, 8), "test": (8, 8)})
     (damaged / "test/b/3.png").write_bytes(b"no image")
     refused(damaged, "b/3.png: cannot be read")

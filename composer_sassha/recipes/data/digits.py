@@ -8,8 +8,9 @@ from composer import Evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from composer_sassha.recipes.data.images import with_label_noise
 from composer_sassha.recipes.data.loading import SPLIT_SEED, eval_loader, train_loader
-from composer_sassha.recipes.schema import at_least, checked, one_of
+from composer_sassha.recipes.schema import at_least, checked, one_of, within
 
 
 @dataclass
@@ -23,11 +24,16 @@ class Digits:
         batch_size: images per step over all ranks together.
         evaluate_on: the held-out part, `test` or `validation`.
         shift: training images are moved at random by up to this many pixels in each direction.
+        label_noise: share of the training labels that are drawn anew from all classes, in [0, 1). The
+            held-out images keep theirs, those of the validation split as well.
+        noise_seed: of the noise, which thus does not move with the seed of a run.
     """
 
     batch_size: int = checked(128, at_least(1))
     evaluate_on: str = checked("test", one_of("test", "validation"))
     shift: int = checked(0, at_least(0))
+    label_noise: float = checked(0.0, within(0, 1))
+    noise_seed: int = checked(0, within(0, 2**32))
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
         train, heldout = self.splits()
@@ -53,7 +59,8 @@ class Digits:
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
         images = (images - images[index].mean()) / images[index].std()
         targets = torch.tensor(labels)
-        return TensorDataset(images[index], targets[index]), TensorDataset(images[heldout], targets[heldout])
+        noisy = with_label_noise(targets[index], 10, self.label_noise, self.noise_seed)
+        return TensorDataset(images[index], noisy), TensorDataset(images[heldout], targets[heldout])
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torchvision.transforms import v2
 
 from composer_sassha._random import generator
 from composer_sassha.recipes.data.images import InMemoryImages, Split
-from composer_sassha.recipes.data.loading import eval_loader, hold_out, rank_share, train_loader
+from composer_sassha.recipes.data.loading import data_root, eval_loader, hold_out, rank_share, train_loader
 from composer_sassha.recipes.schema import at_least, checked, one_of, share
 
 _LIMIT = 2**34  # bytes of one split in memory
@@ -27,13 +26,13 @@ def class_folders(root: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder
     Raises:
         ValueError: a folder is missing or has no images, or the two have different classes.
     """
-    base = Path(root).expanduser()
-    held = next((name for name in ("test", "val") if (base / name).is_dir()), None)
-    if held is None or not (base / "train").is_dir():
-        raise ValueError(f"root={root}: has to hold train/<class>/ and test/<class>/ (or val/<class>/)")
+    base = data_root(root)
     try:
+        held = next((name for name in ("test", "val") if (base / name).is_dir()), None)
+        if held is None or not (base / "train").is_dir():
+            raise ValueError(f"root={root}: has to hold train/<class>/ and test/<class>/ (or val/<class>/)")
         train, heldout = datasets.ImageFolder(str(base / "train")), datasets.ImageFolder(str(base / held))
-    except FileNotFoundError as error:
+    except OSError as error:  # not there, or not to be read
         raise ValueError(f"root={root}: {error}") from error
     if different := set(train.classes) ^ set(heldout.classes):
         raise ValueError(f"root={root}: train and {held} differ in the class {min(different)}")

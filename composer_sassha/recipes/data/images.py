@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
-from composer_sassha.recipes.data.loading import eval_loader, hold_out, rank_share, train_loader
+from composer_sassha.recipes.data.loading import eval_loader, hold_out, rank_share, subset, train_loader
 from composer_sassha.recipes.errors import did_you_mean
 from composer_sassha.recipes.schema import at_least, checked, one_of, share, within
 
@@ -23,6 +23,11 @@ _POLICIES = {policy.value: policy for policy in v2.AutoAugmentPolicy}
 def _check_policy(policy: str | None) -> None:
     if policy is not None and policy not in _POLICIES:
         raise ValueError(f"must be one of {', '.join(_POLICIES)}, or null{did_you_mean(policy, _POLICIES)}")
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError("must be at least 1, or null")
 
 
 class Split(NamedTuple):
@@ -57,6 +62,7 @@ class InMemoryImages:
         label_noise: share of the training labels that are drawn anew from all classes, in [0, 1). The
             held-out images keep theirs, those of the validation split as well.
         noise_seed: of the noise, which thus does not move with the seed of a run.
+        train_size: images to train on, >= 1, the same ones in every run; None: the whole training split.
     """
 
     batch_size: int = checked(256, at_least(1))
@@ -68,6 +74,7 @@ class InMemoryImages:
     auto_augment: str | None = checked(None, _check_policy)
     label_noise: float = checked(0.0, within(0, 1))
     noise_seed: int = checked(0, within(0, 2**32))
+    train_size: int | None = checked(None, _check_size)
 
     def read(self) -> tuple[Split, Split]:
         """The training and the test split, as they are on the disk."""
@@ -93,6 +100,8 @@ class InMemoryImages:
         if self.evaluate_on == "validation":
             stay, out = hold_out(train.labels)
             train, heldout = train.at(stay), train.at(out)
+        if self.train_size is not None:
+            train = train.at(subset(len(train.labels), self.train_size))
         noisy = with_label_noise(train.labels, classes, self.label_noise, self.noise_seed)
         return Split(train.images, noisy), heldout
 

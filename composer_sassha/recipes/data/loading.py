@@ -4,6 +4,7 @@ Shuffling uses Composer's sampler, which a resumed run can put back exactly wher
 """
 
 from collections.abc import Callable, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 SPLIT_SEED = 0  # the split belongs to the data set: it must not move with the seed of a run
+
+
+def data_root(root: str) -> Path:
+    """The folder that a `root` in a recipe means; a home folder that nobody has is a ValueError.
+
+    >>> data_root("/data/cifar").as_posix()
+    '/data/cifar'
+    """
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"root={root}: {error}") from error
 
 
 def rank_share(batch_size: int, dataset: Sized) -> int:
@@ -78,3 +91,18 @@ def hold_out(labels: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
         members = order[labels[order] == label]
         heldout[members[: round(share * len(members))]] = True
     return (~heldout).nonzero().flatten(), heldout.nonzero().flatten()
+
+
+def subset(samples: int, size: int) -> Tensor:
+    """Which `size` of a data set's samples are its part, in ascending order; always the same ones.
+
+    Raises:
+        ValueError: there are fewer.
+
+    >>> subset(samples=10, size=10).tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    if size > samples:
+        raise ValueError(f"train_size={size} is larger than the training split ({samples})")
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return order[:size].sort().values

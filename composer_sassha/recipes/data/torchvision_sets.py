@@ -1,15 +1,20 @@
 """The data sets that torchvision reads, and downloads where it is told to."""
 
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torchvision import datasets
 
 from composer_sassha.recipes.data.images import InMemoryImages, Split
+from composer_sassha.recipes.data.loading import data_root
+
+_PATIENCE = 1800.0  # seconds that another process may take to download
 
 
 @dataclass
@@ -26,17 +31,19 @@ class TorchvisionImages(InMemoryImages):
 
     def read(self) -> tuple[Split, Split]:
         """Raises ValueError, which says how to get the data set, where it is missing."""
-        root = Path(self.root).expanduser()
+        root = data_root(self.root)
         try:
-            if self.download:
-                root.mkdir(parents=True, exist_ok=True)
-            # Of several processes the first downloads, and the others find the files there.
-            with FileLock(root / ".download.lock") if self.download else nullcontext():
+            with _downloading(root) if self.download else nullcontext():
                 return self.split(str(root), train=True), self.split(str(root), train=False)
         except RuntimeError as error:
             raise ValueError(
                 f"root={self.root}: {type(self).__name__} is not there, or damaged; add data.download=true "
                 "to get it, or set data.root to where it is"
+            ) from error
+        except Timeout as error:
+            raise ValueError(
+                f"root={self.root}: another process has held {error.lock_file} for {_PATIENCE / 60:.0f} "
+                "minutes; wait until it has downloaded, or end it and delete that file"
             ) from error
         except OSError as error:
             raise ValueError(f"root={self.root}: {type(self).__name__} cannot be had: {error}") from error
@@ -44,6 +51,15 @@ class TorchvisionImages(InMemoryImages):
     def split(self, root: str, train: bool) -> Split:
         """The training or the test split."""
         raise NotImplementedError
+
+
+@contextmanager
+def _downloading(root: Path) -> Iterator[None]:
+    """Of several processes the first downloads, and the others wait and find the files there."""
+    root.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=root).close()  # where no file can be made, a lock would be waited for in vain
+    with FileLock(root / ".download.lock", timeout=_PATIENCE):
+        yield
 
 
 @dataclass
