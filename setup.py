@@ -4,8 +4,10 @@ from setuptools import find_packages, setup
 
 # The last three are for comparisons; they come with scikit-learn, torch and Composer.
 demo = ["scikit-learn>=1.4", "matplotlib>=3.8", "scipy>=1.11", "jinja2>=3.1", "tabulate>=0.9"]
+# What mosaicml 0.32 allows; transformers 4.53 is the last that it does.
+nlp = ["transformers>=4.46,<4.54", "datasets>=2.20,<5"]
 tools = ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
-dev = [*demo, *tools, "pytest>=8", "pytest-timeout>=2.3", "transformers>=4.46,<4.54"]
+dev = [*demo, *nlp, *tools, "pytest>=8", "pytest-timeout>=2.3"]
 
 setup(
     name="composer_sassha",
@@ -30,7 +32,7 @@ setup(
         "omegaconf>=2.3",
         "filelock",
     ],
-    extras_require={"demo": demo, "dev": dev, "all": sorted({*demo, *dev})},
+    extras_require={"demo": demo, "nlp": nlp, "dev": dev, "all": sorted({*demo, *dev})},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.10",

@@ -4,9 +4,12 @@ import csv
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +29,7 @@ from composer_sassha.comparison.grid import load_grid
 from composer_sassha.comparison.jobs import Job, run_jobs
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.files import bundled_recipes
+from composer_sassha.recipes.metrics import ranked
 
 REPORT = {"table.md", "table.csv", "curves.png", "report.html"}
 MISTAKES = [
@@ -139,10 +143,16 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
 ) -> None:
     quick = ["max_duration=2ep", "save_interval=1ep", "progress_bar=false"]
     command = ["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--jobs", "2", *quick]
-    for method, seed in (("sgd", 0), ("sgd", 1), ("sam", 0)):
-        assert train.main(["digits", *quick, f"method={method}", f"seed={seed}"]) == 0
+    grid = load_grid("digits", ["sgd", "sam"], [0, 1], quick)
+    for recipe, accuracy in zip(grid[:-1], (0.2, 0.3, 0.25), strict=True):
+        pretend(recipe, [0.1, accuracy], seconds_per_step=accuracy)
+    assert train.main(["digits", *quick, "method=sam", "seed=1"]) == 0
     runs = folder / "runs/digits"
-    finished = {**files(runs / "sgd/seed0"), **files(runs / "sam/seed0")}
+    stopped = runs / "sam/seed1"
+    (stopped / "results.json").unlink()  # as if stopped after the last checkpoint
+    records = (stopped / "metrics.jsonl").read_text()
+    finished = {path: when for path, when in files(runs).items() if stopped not in (path, *path.parents)}
+    del finished[runs / "sgd"], finished[runs / "sam"]  # which get logs
     capsys.readouterr()
 
     python = folder / "python"
@@ -155,16 +165,13 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     log = Path("runs/digits/sam/seed1.log")
     assert err == f"sam seed 1 failed: out of luck (all of its output: {log})\n"
     assert log.read_text() == "out of luck\n"
-    assert "1/1 sam seed 1: failed" in out and "- Missing: sam seed 1 (not begun)." in out
+    assert "1/1 sam seed 1: failed" in out and "- Missing: sam seed 1 (unfinished, 22 steps)." in out
     assert {path.name for path in runs.iterdir()} == {"sgd", "sam", *REPORT}
 
-    stopped = runs / "sgd/seed1"
-    (stopped / "results.json").unlink()  # as if stopped after the last checkpoint
-    records = (stopped / "metrics.jsonl").read_text()
     assert compare.main(command) == 0
     out, err = capsys.readouterr()
     assert err == "" and "Missing" not in out and not log.exists()
-    assert "/2 sam seed 1: test accuracy" in out and "/2 sgd seed 1: test accuracy" in out
+    assert "1/1 sam seed 1: test accuracy" in out
     assert (stopped / "metrics.jsonl").read_text() == records  # nothing was trained again
     assert {path.name for path in runs.iterdir()} == {"sgd", "sam", *REPORT}
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -263,6 +270,44 @@ def test_equal_accuracies_are_told_apart_by_the_loss(
     assert "- No test, as the seeds do not vary: sgd." in out
 
 
+def test_what_shall_be_low_is_ranked_the_other_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    perplexities = {"sgd": [5.0, 5.2, 5.1], "sam": [4.0, 4.1, 4.2], "asam": [4.2, 3.9, 4.5]}
+    pretend_grid(perplexities)
+    names = {"MulticlassAccuracy": "LanguagePerplexity", "CrossEntropy": "LanguageCrossEntropy"}
+    for path in Path("runs/digits").glob("*/seed*/results.json"):
+        results = json.loads(path.read_text())
+        results |= {"perplexity": results.pop("accuracy"), "metrics": [*names.values()]}
+        path.write_text(json.dumps(results))
+        records = path.with_name("metrics.jsonl")
+        text = records.read_text()
+        for before, after in names.items():
+            text = text.replace(f"/{before}", f"/{after}")
+        records.write_text(text)
+    recipe = OmegaConf.to_container(OmegaConf.load(bundled_recipes()["digits"]))
+    recipe["methods"]["sam"] |= {"reported": 3.9}
+    Path("own.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for path in Path("runs/digits").glob("sam/seed*/config.yaml"):
+        path.write_text(path.read_text().replace("reported: null", "reported: 3.9"))
+    assert compare.main(["own.yaml", "--methods", "sgd,sam,asam"]) == 0
+    out = capsys.readouterr().out
+    rows = table(out.split("\n\n\n")[1])
+    assert {method: row["test perplexity"] for method, row in rows.items()} == {
+        "sgd": "5.100 ± 0.100",
+        "sam": "**4.100 ± 0.100**",
+        "asam": "4.200 ± 0.300",
+    }
+    assert rows["sam"]["published"] == "3.90" and rows["sam"]["p (against sam)"] == "best"
+    p = by_hand(perplexities["sgd"], perplexities["sam"])
+    assert rows["sgd"]["p (against sam)"] == f"{p:.2g}*" and rows["asam"]["p (against sam)"].endswith(" n.s.")
+    assert "Welch's t-test of the perplexity against sam's" in out and "accuracy" not in out
+    numbers = {
+        row["method"]: row for row in csv.DictReader(Path("runs/digits/table.csv").read_text().splitlines())
+    }
+    assert float(numbers["sam"]["perplexity_mean"]) == pytest.approx(4.1)
+    assert numbers["sam"]["reported"] == "3.9" and "reported_percent" not in numbers["sam"]
+    assert (Path("runs/digits") / "curves.png").exists()
+
+
 def test_divergence_skipped_steps_and_other_machines_are_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,11 +349,62 @@ def test_settings_that_should_be_the_same_are_warned_of(
     assert settings["sgd"]["optimizer"] == "sgd(lr=0.3, weight_decay=0.002)"
     assert settings["sam"]["algorithms"] == "sam(rho=0.05)"
     assert settings["sam"]["schedules"].startswith("rho: cosine(")
-    assert table(out)["sgd"]["published, %"] == "99.50" and table(out)["sam"]["published, %"] == "-"
+    assert table(out)["sgd"]["published"] == "99.50" and table(out)["sam"]["published"] == "-"
 
     assert compare.main(["digits", "--table", "--methods", "sgd,sam"]) == 0
     out = capsys.readouterr().out
     assert "warning" not in out and "All other settings are the same" in out and "published" not in out
+
+
+def test_algorithms_that_make_no_method_and_tuning_should_be_every_methods(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = OmegaConf.to_container(OmegaConf.load(bundled_recipes()["digits"]))
+    clipping = {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}}
+    methods = {name: dict(recipe["methods"][name]) for name in ("sgd", "sam", "adamw")}
+    methods["sam"] |= {"algorithms": {"sam": {"rho": 0.1}, **clipping}, "tuning_runs": 12}
+    methods["adamw"] |= {"tuning_runs": None}
+    own = recipe | {"methods": methods, "name": "own", "algorithms": {"label_smoothing": {"smoothing": 0.1}}}
+    Path("own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+    assert compare.main(["own.yaml", "--table"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "warning" in line] == [
+        "warning: tuning_runs differs: 36 (sgd), 12 (sam), None (adamw)",
+        "warning: algorithms.gradient_clipping differs: not there (sgd, adamw), "
+        "gradient_clipping(clipping_type=norm, clipping_threshold=1.0) (sam)",
+    ]
+    assert {method: row["tuning runs"] for method, row in table(out[out.rindex("| method") :]).items()} == {
+        "sgd": "36",
+        "sam": "12",
+        "adamw": "-",
+    }
+    everywhere = [
+        "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 2.0}",
+        "tuning_runs=null",
+    ]
+    assert compare.main(["own.yaml", "--table", *everywhere]) == 0
+    out = capsys.readouterr().out
+    assert "warning" not in out and "tuning runs" not in out
+
+
+def test_methods_that_finished_other_seeds_are_warned_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_grid({"sgd": [0.9, 0.91], "sam": [0.95, 0.97]})
+    command = ["digits", "--methods", "sgd,sam,asam", "--seeds", "0,1", "--table"]
+    assert compare.main(command) == 0
+    assert "warning" not in capsys.readouterr().out  # one that has none finished shows no numbers
+    Path("runs/digits/sam/seed0/results.json").unlink()
+    assert compare.main(command) == 0
+    assert "warning: the set of finished seeds differs: 0, 1 (sgd), 1 (sam)" in capsys.readouterr().out
+
+
+def test_a_number_of_tuning_runs_does_not_make_another_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_grid({"sgd": [0.9]})
+    assert compare.main(["digits", "--methods", "sgd", "--seeds", "0", "--table", "tuning_runs=5"]) == 0
+    assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
 
 
 class Page(HTMLParser):
@@ -441,12 +537,82 @@ def test_an_interruption_stops_the_jobs(tmp_path: Path, monkeypatch: pytest.Monk
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+WAITING = """
+import os, pathlib, sys, time
+pathlib.Path("pid").write_text(f"{os.getpid()} {sys.argv[1:]}")
+try:
+    time.sleep(600)
+except SystemExit:
+    pathlib.Path("told").touch()
+"""
+PARENT = """
+import pathlib, signal, sys
+from composer_sassha.comparison.jobs import Job, run_jobs
+command = [sys.executable, "-m", "composer_sassha.comparison.tethered", "waiting", "a", "b=1"]
+run_jobs([Job("waiting", command, pathlib.Path("log"))], at_once=1)
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_job_ends_with_the_process_that_started_it(sent: signal.Signals, folder: Path) -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
+    Path("waiting.py").write_text("import signal\n" + handler + WAITING)  # as Composer has one
+    script = PARENT if sent == signal.SIGKILL else PARENT.replace("command =", handler + "command =", 1)
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as parent:
+        assert wait_for(lambda: Path("pid").exists() and Path("pid").read_text() != "")
+        pid, arguments = Path("pid").read_text().split(" ", 1)
+        assert arguments == "['a', 'b=1']" and alive(int(pid))
+        parent.send_signal(sent)
+        parent.wait(timeout=60)
+    ended = wait_for(lambda: not alive(int(pid)))
+    if not ended:
+        os.kill(int(pid), signal.SIGKILL)
+    assert ended and Path("told").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_training_outlives_its_comparison(sent: signal.Signals, folder: Path) -> None:
+    arguments = ["digits", "--methods", "sgd", "--seeds", "0", "max_duration=500ep", "progress_bar=false"]
+    command = [sys.executable, "-m", "composer_sassha.compare", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        metrics = folder / "runs/digits/sgd/seed0/metrics.jsonl"
+        assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, seconds=200)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert ("the same command goes on" in err) == (sent != signal.SIGKILL)
+    ended = wait_for(lambda: not alive(int(children[0])))
+    if not ended:
+        os.kill(int(children[0]), signal.SIGKILL)
+    assert ended
+
+
 def test_curves_of_many_methods_can_be_told_apart() -> None:
     steps = np.array([10, 20, 30])
     values = np.array([[50.0, 80.0, 90.0], [60.0, 82.0, 94.0]])
     seconds = np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
     curve = Curve(steps, steps / 10, seconds, {"accuracy": values, "loss": 1 / values})
-    figure = plot_curves({f"method_{i}": curve for i in range(17)}, "test", "many")
+    metrics = ranked(["MulticlassAccuracy", "CrossEntropy"])
+    figure = plot_curves({f"method_{i}": curve for i in range(17)}, metrics, "test", "many")
     figure.draw_without_rendering()  # lays it out
     legend = figure.legends[0].get_window_extent()
     assert len(figure.legends[0].get_texts()) == 17

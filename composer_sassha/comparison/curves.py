@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from composer_sassha.comparison.grid import Run
-from composer_sassha.comparison.table import METRICS, Metric
+from composer_sassha.recipes.metrics import Metric, metrics_of
+from composer_sassha.recipes.run_log import number
 
 # Okabe and Ito's palette without its yellow, which is too pale for paper. The line style tells lines of the
 # same colour apart, and helps where colours are not seen or not printed.
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
 _LINES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))]
-_EARLY = 0.3  # an accuracy axis covers the values after this part of the training
+_EARLY = 0.3  # an axis of what shall be high covers the values after this part of the training
 
 
 @dataclass
@@ -47,12 +48,13 @@ def read_curve(runs: Sequence[Run]) -> Curve | None:
     for run in runs:
         if run.results is None:
             continue
+        metrics = metrics_of(run.results)
+        keys = [metric.logged(run.results["heldout"]) for metric in metrics]
         seconds, evaluations, records = 0.0, {}, run.records()
         for record in records:
             seconds += record.get("seconds", 0.0)
-            values = [record.get(metric.logged(run.results["heldout"]), None) for metric in METRICS]
-            if METRICS[0].logged(run.results["heldout"]) in record:
-                evaluations[record["batch"]] = [seconds, *(np.nan if v is None else v for v in values)]
+            if keys[0] in record:
+                evaluations[record["batch"]] = [seconds, *(number(record.get(key)) for key in keys)]
         if any(record["epoch"] > 0 for record in records):
             epoch = sum("seconds" in record and record["epoch"] == 0 for record in records)
         if evaluations:
@@ -65,24 +67,25 @@ def read_curve(runs: Sequence[Run]) -> Curve | None:
         steps=np.array(steps),
         epochs=np.array(steps) / epoch if epoch else None,
         seconds=table[:, :, 0],
-        values={m.name: m.scale * table[:, :, i] for i, m in enumerate(METRICS, start=1)},
+        values={m.name: m.scale * table[:, :, i] for i, m in enumerate(metrics, start=1)},
     )
 
 
-def plot_curves(curves: dict[str, Curve], heldout: str, title: str) -> Figure:
+def plot_curves(curves: dict[str, Curve], metrics: Sequence[Metric], heldout: str, title: str) -> Figure:
     """Draw each metric against epochs and against seconds, with one legend beside them all.
 
     Args:
         curves: by method.
+        metrics: one row of the figure for each.
         heldout: the name of the evaluated part of the data.
         title: of the figure.
     """
     columns = 1 + len(curves) // 30  # of the legend
-    figure = Figure(figsize=(11 + 1.5 * columns, 8), layout="constrained")
+    figure = Figure(figsize=(11 + 1.5 * columns, 4 * len(metrics)), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(len(METRICS), 2, sharex="col", sharey="row", squeeze=False)
+    grid = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
     in_epochs = all(curve.epochs is not None for curve in curves.values())
-    for metric, (left, right) in zip(METRICS, grid, strict=True):
+    for metric, (left, right) in zip(metrics, grid, strict=True):
         styles = cycle(product(_LINES, _COLOURS))
         for (method, curve), (line, colour) in zip(curves.items(), styles, strict=False):
             style = {"color": colour, "linestyle": line, "label": method}
@@ -111,7 +114,7 @@ def _line(axes: Axes, x: Any, values: np.ndarray, style: dict[str, Any]) -> None
 
 def _scale(axes: Axes, metric: Metric, curves: dict[str, Curve]) -> None:
     values = [curve.values[metric.name] for curve in curves.values()]
-    if metric.scale == 1:
+    if metric.best is min:
         axes.set_yscale("log")
         return
     # The first epochs would take most of the range, and say least.

@@ -17,7 +17,8 @@ from tabulate import tabulate
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
 from composer_sassha.comparison.grid import Run
-from composer_sassha.comparison.table import LEVEL, METRICS, Metric, Row, best_rows, rows_of, welch, winner
+from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
+from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import write_atomically
 
 NOTHING = "-"
@@ -60,13 +61,13 @@ class Report:
         self.rows = rows_of(self.runs)
         self.finished = [run.results for run in self.runs if run.results is not None]
         self.heldout = self.finished[0]["heldout"] if self.finished else "held-out"
-        self.winner = winner(self.rows)
+        self.metrics = metrics_of(self.finished[0]) if self.finished else ()
+        self.winner = winner(self.rows, self.metrics) if self.finished else None
         self.baseline = self.runs[0].recipe.baseline
         of_baseline = [row.results for row in self.rows if row.method == self.baseline]
         self._baseline_results = of_baseline[0] if of_baseline else []
-        first = METRICS[0]
         self.p_values = {
-            row.method: welch(row.values(first), self.winner.values(first))
+            row.method: welch(row.values(self.metrics[0]), self.winner.values(self.metrics[0]))
             for row in self.rows
             if self.winner is not None and row is not self.winner
         }
@@ -76,12 +77,13 @@ class Report:
 
     def table(self) -> Table:
         """The results, one row for each method."""
-        first = METRICS[0]
         columns = {"method": [row.method for row in self.rows], "seeds": [_seeds(row) for row in self.rows]}
-        for metric in METRICS:
-            columns[f"{self.heldout} {metric.label}"] = self._means(metric)
-            if metric is first and any(row.reported is not None for row in self.rows):
-                columns["published, %"] = [_or_nothing(row.reported, ".2f") for row in self.rows]
+        means = {f"{self.heldout} {metric.label}": self._means(metric) for metric in self.metrics}
+        columns |= dict(list(means.items())[:1])  # what is published is the first of them
+        if any(row.reported is not None for row in self.rows):
+            unit = ", %" if self.metrics and self.metrics[0].percent else ""
+            columns[f"published{unit}"] = [_or_nothing(row.reported, ".2f") for row in self.rows]
+        columns |= means
         columns[f"p (against {self.winner.method})" if self.winner else "p"] = [self._p(r) for r in self.rows]
         columns["training, s"] = [_median(row, "seconds", 1) for row in self.rows]
         columns["step, ms"] = [_median(row, "seconds_per_step", 1000) for row in self.rows]
@@ -142,7 +144,7 @@ class Report:
         }
         if not tested:
             return _said(lists)
-        what, count = METRICS[0].name, len(tested)
+        what, count = self.metrics[0].name, len(tested)
         limit = f"{LEVEL}/{count} = {self.level:.2g}" if count > 1 else str(LEVEL)
         return [
             f"p: Welch's t-test of the {what} against {best}'s, {count} in all; significant (*) is "
@@ -178,11 +180,12 @@ class Report:
         for row in self.rows:
             costs = row.cost(self._baseline_results)
             cells: dict[str, Any] = {"method": row.method, "seeds": len(row.results)}
-            for metric in METRICS:
-                unit = "_percent" if metric.scale == 100 else ""
+            for metric in self.metrics:
+                unit = "_percent" if metric.percent else ""
                 cells[f"{metric.name}{unit}_mean"] = row.mean(metric)
                 cells[f"{metric.name}{unit}_std"] = row.deviation(metric)
-            cells["reported_percent"] = row.reported
+                if metric is self.metrics[0]:
+                    cells[f"reported{unit}"] = row.reported
             cells["p_against_best"] = self.p_values.get(row.method)
             for key in ("seconds", "seconds_per_step"):
                 cells[f"{key}_median"] = median(r[key] for r in row.results) if row.results else None
@@ -202,7 +205,7 @@ class Report:
         curves = {row.method: curve for row in self.rows if (curve := read_curve(row.runs)) is not None}
         png = io.BytesIO()
         if curves:
-            plot_curves(curves, self.heldout, name).savefig(png, format="png", dpi=150)
+            plot_curves(curves, self.metrics, self.heldout, name).savefig(png, format="png", dpi=150)
         page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
         page.tests["best"] = lambda cell: isinstance(cell, Best)
         html = page.get_template("report.html").render(
@@ -218,14 +221,20 @@ class Report:
             (folder / "curves.png").write_bytes(png.getvalue())
 
     def _each_run(self) -> Table:
-        head = ["run", *(f"{self.heldout} {m.label}" for m in METRICS), "training, s", "step, ms", "steps"]
+        head = [
+            "run",
+            *(f"{self.heldout} {m.label}" for m in self.metrics),
+            "training, s",
+            "step, ms",
+            "steps",
+        ]
         rows = []
         for run in self.runs:
             if (results := run.results) is None:
                 rows.append([str(run), run.state, *[NOTHING] * (len(head) - 2)])
                 continue
             single = Row(run.recipe.method, [run])
-            values = [_spread(single.mean(metric), None, metric.digits) for metric in METRICS]
+            values = [_spread(single.mean(metric), None, metric.digits) for metric in self.metrics]
             times = [f"{results['seconds']:.1f}", f"{1000 * results['seconds_per_step']:.1f}"]
             rows.append([str(run), *values, *times, str(results["steps"])])
         return Table(head, rows)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -12,40 +12,10 @@ import numpy as np
 from scipy import stats
 
 from composer_sassha.comparison.grid import Run
+from composer_sassha.recipes.metrics import Metric
+from composer_sassha.recipes.run_log import number
 
 LEVEL = 0.05  # of significance, for all tests of a table together
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that every run ends with.
-
-    Args:
-        name: its key in results.json.
-        torchmetric: the end of its key in metrics.jsonl.
-        label: in a column's head.
-        best: `max` or `min`.
-        scale: what it is multiplied by to be shown.
-        digits: shown after the point.
-    """
-
-    name: str
-    torchmetric: str
-    label: str
-    best: Callable[..., Any]
-    scale: float
-    digits: int
-
-    def logged(self, heldout: str) -> str:
-        """Its key in metrics.jsonl, for the part of the data that was held out."""
-        return f"metrics/{heldout}/{self.torchmetric}"
-
-
-# The first is the one that methods are ranked by.
-METRICS = (
-    Metric("accuracy", "MulticlassAccuracy", "accuracy, %", max, scale=100.0, digits=2),
-    Metric("loss", "CrossEntropy", "loss", min, scale=1.0, digits=4),
-)
 
 
 @dataclass
@@ -62,12 +32,12 @@ class Row:
 
     @property
     def reported(self) -> float | None:
-        """The published accuracy, in percent."""
+        """The published value of the metric that ranks, as it is shown."""
         return self.runs[0].recipe.reported
 
     def values(self, metric: Metric) -> list[float]:
         """The metric of each finished run, as it is shown; NaN where it was not finite."""
-        return [math.nan if (v := r[metric.name]) is None else metric.scale * v for r in self.results]
+        return [metric.scale * number(r.get(metric.name)) for r in self.results]
 
     def mean(self, metric: Metric) -> float | None:
         """Over the seeds; None without any."""
@@ -119,11 +89,10 @@ def best_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
     return [row for row, mean in finite if math.isclose(mean, best, rel_tol=1e-9)]
 
 
-def winner(rows: Sequence[Row]) -> Row | None:
-    """The best row in the first metric, between equals in the second; None if there is no finite mean."""
-    first, second = METRICS
-    best = best_rows(rows, first)
-    return (best_rows(best, second) or best)[0] if best else None
+def winner(rows: Sequence[Row], metrics: Sequence[Metric]) -> Row | None:
+    """The best row in the first metric, between equals in the last; None if there is no finite mean."""
+    best = best_rows(rows, metrics[0])
+    return (best_rows(best, metrics[-1]) or best)[0] if best else None
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -1,7 +1,6 @@
 """Runs a recipe: builds the Trainer, trains or continues, and leaves the run folder behind."""
 
 import json
-import math
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,9 +35,10 @@ from composer_sassha.recipes.folder import (
     read_results,
     removed_on_failure,
 )
-from composer_sassha.recipes.run_log import RunLog, write_atomically
+from composer_sassha.recipes.metrics import metrics_of, ranked
+from composer_sassha.recipes.run_log import RunLog, number, write_atomically
 
-_DEMO = {"sklearn", "matplotlib", "scipy"}
+_EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "scipy": "demo", "transformers": "nlp", "datasets": "nlp"}
 _LOOK = 16  # samples of the first batch that the model has to take before anything is written
 
 
@@ -59,10 +59,11 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         torch.set_num_threads(recipe.cpu_threads)
     with warnings.catch_warnings():
         # A schedule without warm-up is what the recipe asks for, the last batch may be a small one, and
-        # smoothed labels may add up to a little less than 1.
+        # smoothed labels may add up to a little less than 1. A rank correlation keeps all that is predicted.
         warnings.filterwarnings("ignore", message="The warmup duration is 0")
         warnings.filterwarnings("ignore", message="Cannot split tensor of length")
         warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
+        warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all targets")
         parts = _build(recipe)
         if dist.get_world_size() > 1:
             dist.initialize_dist(get_device(None))
@@ -91,6 +92,7 @@ def _build(recipe: Recipe) -> _Parts:
     reproducibility.seed_all(recipe.seed)  # the Trainer seeds too, but the model is built before it
     with _config_errors("data"):
         train, heldout = recipe.data.build(recipe.seed)
+        _check_model(recipe)
     with _config_errors("model"):
         model = recipe.model.build()
     with _config_errors("optimizer"):
@@ -121,15 +123,28 @@ def _build(recipe: Recipe) -> _Parts:
     return _Parts(model.train(), optimizer, algorithms, scheduler, train, heldout)
 
 
+def _check_model(recipe: Recipe) -> None:
+    """Refuse a model that lacks what follows from the data, such as an output for every class."""
+    follows = recipe.data.model_settings() if hasattr(recipe.data, "model_settings") else {}
+    names = {key: recipe.settings()[key]["name"] for key in ("data", "model")}
+    for key, value in follows.items():
+        if not hasattr(recipe.model, key):
+            raise ConfigError(f"model.name={names['model']}: is not for data.name={names['data']}")
+        if (found := getattr(recipe.model, key)) != value:
+            raise ConfigError(f"model.{key}={found}: does not fit the data; set model.{key}={value}")
+
+
 @contextmanager
 def _config_errors(where: str) -> Iterator[None]:
     """What a constructor refuses, or an optional package that is missing, is a mistake in the recipe."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (package := (error.name or "").split(".")[0]) not in _DEMO:
+        if (package := (error.name or "").split(".")[0]) not in _EXTRAS:
             raise
-        raise ConfigError(f"{where}: needs {package}; pip install 'composer_sassha[demo]'") from error
+        raise ConfigError(
+            f"{where}: needs {package}; pip install 'composer_sassha[{_EXTRAS[package]}]'"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -150,7 +165,8 @@ class RankZeroBuffers(Callback):
 
 
 def _train(recipe: Recipe, parts: _Parts, callbacks: Sequence[Callback]) -> dict[str, Any]:
-    log = RunLog(recipe.folder / "metrics.jsonl", parts.heldout.label, recipe.progress_bar)
+    names = parts.heldout.metric_names or parts.model.get_metrics(is_train=False)
+    log = RunLog(recipe.folder / "metrics.jsonl", parts.heldout.label, ranked(names), recipe.progress_bar)
     lock = FileLock(recipe.folder / ".lock")
     made = on_rank_zero(lambda: lock_folder(recipe, lock))
     try:
@@ -242,13 +258,13 @@ def _new_trainer(
 
 def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, Any]:
     state = trainer.state
-    _, loss, accuracy = log.heldout()[-1]
+    _, measured = log.heldout()[-1]
     results = {
         "recipe": recipe.name,
         "method": recipe.method,
         "seed": recipe.seed,
-        "accuracy": accuracy,
-        "loss": loss,
+        **measured,
+        "metrics": [metric.torchmetric for metric in log.metrics],  # the first one ranks the methods
         "heldout": log.heldout_label,
         "reported": recipe.reported,
         "seconds": state.timestamp.total_wct.total_seconds(),
@@ -266,11 +282,12 @@ def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, A
 
 def summary(recipe: Recipe, results: dict[str, Any]) -> str:
     """What the console says at the end of a run, with the step time relative to the baseline's if known."""
-    heldout, loss = results["heldout"], results["loss"]
+    heldout, loss, metrics = results["heldout"], results["loss"], metrics_of(results)
+    measured = (f"{heldout} {metric.text(number(results[metric.name]))}" for metric in metrics)
+    unit = " %" if metrics[0].percent else ""
     lines = [
-        f"{recipe.name} {recipe.method} seed {recipe.seed}: {heldout} accuracy {results['accuracy']:.2%}, "
-        f"{heldout} loss {math.nan if loss is None else loss:.4f}"
-        + (f" (reported: {recipe.reported} %)" if recipe.reported is not None else ""),
+        f"{recipe.name} {recipe.method} seed {recipe.seed}: {', '.join(measured)}"
+        + (f" (reported: {recipe.reported}{unit})" if recipe.reported is not None else ""),
         f"trained for {results['seconds']:.1f} s, {results['steps']} steps, "
         f"{results['seconds_per_step']:.4f} s per step{_relative_to_baseline(recipe, results)}",
         f"run folder: {recipe.folder}",

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -15,8 +16,10 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.metrics import Metric
 
 TRAIN_LOSS = "loss/train/total"
+Values = dict[str, float | None]  # metrics by name; None stands for one that was not finite
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -37,15 +40,17 @@ class RunLog(LoggerDestination):
     Args:
         path: the JSON-lines file.
         heldout: the label of the evaluator.
+        metrics: that it computes, the one that ranks first.
         progress_bar: show one where standard error is a terminal.
     """
 
-    def __init__(self, path: Path, heldout: str, progress_bar: bool = True) -> None:
+    def __init__(
+        self, path: Path, heldout: str, metrics: Sequence[Metric], progress_bar: bool = True
+    ) -> None:
         self.records: list[dict[str, Any]] = []
         self._path = path
         self.heldout_label = heldout
-        self._accuracy = f"metrics/{heldout}/MulticlassAccuracy"
-        self._loss = f"metrics/{heldout}/CrossEntropy"
+        self.metrics = metrics
         self._pending: dict[str, float | None] = {}
         self._resumed_records = 0
         self._step_start = 0.0
@@ -137,19 +142,24 @@ class RunLog(LoggerDestination):
     def _epoch_line(self, state: State) -> str:
         epoch, end = state.timestamp.epoch.value, state.max_duration
         total = f"/{end.value}" if end is not None and end.unit == TimeUnit.EPOCH else ""
-        losses = [_number(r[TRAIN_LOSS]) for r in self.records if r["epoch"] == epoch - 1 and TRAIN_LOSS in r]
+        losses = [number(r[TRAIN_LOSS]) for r in self.records if r["epoch"] == epoch - 1 and TRAIN_LOSS in r]
         line = f"epoch {epoch:>3}{total}  train loss {fmean(losses):.4f}"
         last = self.records[-1]
-        if last["batch"] == state.timestamp.batch.value and self._accuracy in last:
-            line += f"  {self.heldout_label} loss {_number(last[self._loss]):.4f}"
-            line += f"  {self.heldout_label} accuracy {last[self._accuracy]:.1%}"
+        if last["batch"] == state.timestamp.batch.value and (values := self._values(last)) is not None:
+            for metric in reversed(self.metrics):
+                line += f"  {self.heldout_label} {metric.text(number(values[metric.name]))}"
         return f"{line}  {state.timestamp.total_wct.total_seconds():.1f} s"
 
     # What the records say
 
-    def heldout(self) -> list[tuple[int, float | None, float]]:
-        """The evaluations so far, as (steps taken, loss, accuracy)."""
-        return [(r["batch"], r[self._loss], r[self._accuracy]) for r in self.records if self._accuracy in r]
+    def heldout(self) -> list[tuple[int, Values]]:
+        """The evaluations so far, as (steps taken, metrics by name)."""
+        return [(r["batch"], values) for r in self.records if (values := self._values(r)) is not None]
+
+    def _values(self, record: dict[str, Any]) -> Values | None:
+        """What an evaluation measured, or None where the record is not that of one."""
+        keys = {metric.name: metric.logged(self.heldout_label) for metric in self.metrics}
+        return {n: record[k] for n, k in keys.items()} if record.keys() >= {*keys.values()} else None
 
     def evaluated_at(self, now: Timestamp) -> bool:
         """Whether the last evaluation saw the weights of this moment."""
@@ -167,12 +177,15 @@ class RunLog(LoggerDestination):
         return median(fmean(steps[i : i + 50]) for i in range(0, max(1, len(steps) - 49), 50))
 
     def plot(self, path: Path, steps_per_epoch: int) -> None:
-        """Draw the losses and the held-out accuracy over the epochs."""
+        """Draw the losses and the first of the held-out metrics over the epochs."""
         from matplotlib.figure import Figure  # optional: not everyone needs the curves
 
-        train = [(r["batch"], _number(r[TRAIN_LOSS])) for r in self.records if TRAIN_LOSS in r]
-        batches, loss, accuracy = zip(*self.heldout(), strict=True)
-        epochs = [batch / steps_per_epoch for batch in batches]
+        train = [(r["batch"], number(r[TRAIN_LOSS])) for r in self.records if TRAIN_LOSS in r]
+        first, loss = self.metrics[0], self.metrics[-1]
+        epochs = [batch / steps_per_epoch for batch, _ in self.heldout()]
+        measured = {
+            m: [m.scale * number(values[m.name]) for _, values in self.heldout()] for m in (first, loss)
+        }
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
         # Blue and orange of Okabe and Ito's palette, and different line styles, for every kind of eyes.
@@ -180,16 +193,17 @@ class RunLog(LoggerDestination):
         left.plot(
             [batch / steps_per_epoch for batch, _ in train], [y for _, y in train], label="training", **blue
         )
-        left.plot(epochs, [_number(y) for y in loss], "o--", label=self.heldout_label, **orange)
+        left.plot(epochs, measured[loss], "o--", label=self.heldout_label, **orange)
         left.set(xlabel="epoch", ylabel="loss", yscale="log", title="Loss")
         left.legend()
-        right.plot(epochs, [100 * y for y in accuracy], "o--", **orange)
-        right.set(xlabel="epoch", ylabel="accuracy (%)", title=f"Accuracy on the {self.heldout_label} data")
+        right.plot(epochs, measured[first], "o--", **orange)
+        title = f"{first.name.capitalize()} on the {self.heldout_label} data"
+        right.set(xlabel="epoch", ylabel=first.label, title=title)
         for axes in (left, right):
             axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
     """A recorded value; None stands for one that was not finite."""
     return math.nan if value is None else value

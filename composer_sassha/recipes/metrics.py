@@ -1,0 +1,77 @@
+"""What a run is measured by: the metrics that a model can have, and which of them ranks the methods."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that every run of a recipe ends with.
+
+    Args:
+        torchmetric: the class that computes it, torchmetrics' or Composer's, and the end of its key in
+            metrics.jsonl.
+        name: its key in results.json.
+        best: `max` or `min`.
+        percent: it is a share, shown in percent; the files have it as in [0, 1].
+        digits: shown after the point.
+
+    >>> METRICS["MulticlassAccuracy"].text(0.9972), METRICS["LanguagePerplexity"].text(5.25)
+    ('accuracy 99.72%', 'perplexity 5.250')
+    """
+
+    torchmetric: str
+    name: str
+    best: Callable[..., Any]
+    percent: bool = False
+    digits: int = 4
+
+    @property
+    def scale(self) -> float:
+        """What it is multiplied by to be shown in a table or a plot."""
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def label(self) -> str:
+        """Its name with the unit, for a column or an axis."""
+        return self.name + ", %" * self.percent
+
+    def text(self, value: float) -> str:
+        """Name and value in a sentence."""
+        return f"{self.name} {value:.{self.digits}{'%' if self.percent else 'f'}}"
+
+    def logged(self, heldout: str) -> str:
+        """Its key in metrics.jsonl, for the part of the data that was held out."""
+        return f"metrics/{heldout}/{self.torchmetric}"
+
+
+# In this order the first that a model has ranks the methods; the last, a loss, decides between equals.
+METRICS: Mapping[str, Metric] = {
+    metric.torchmetric: metric
+    for metric in (
+        Metric("MulticlassAccuracy", "accuracy", max, percent=True, digits=2),
+        Metric("BinaryF1Score", "f1", max, percent=True, digits=2),
+        Metric("PearsonCorrCoef", "pearson", max),
+        Metric("SpearmanCorrCoef", "spearman", max),
+        Metric("LanguagePerplexity", "perplexity", min, digits=3),
+        Metric("CrossEntropy", "loss", min),
+        Metric("LanguageCrossEntropy", "loss", min),
+        Metric("MeanSquaredError", "loss", min),
+    )
+}
+
+
+def ranked(torchmetrics: Iterable[str]) -> tuple[Metric, ...]:
+    """The metrics of these classes, the one that ranks first.
+
+    >>> [metric.name for metric in ranked(["CrossEntropy", "MulticlassAccuracy"])]
+    ['accuracy', 'loss']
+    """
+    there = set(torchmetrics)
+    return tuple(metric for name, metric in METRICS.items() if name in there)
+
+
+def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """The metrics of a finished run, from its results.json; the first ones written did not say which."""
+    return ranked(results.get("metrics", ("MulticlassAccuracy", "CrossEntropy")))
