@@ -1,6 +1,7 @@
 """The README's Python runs and does what it says; its commands are run by .ci/run."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from composer import Trainer
 from composer.core import Event
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_sassha import SASSHA, Sassha
+from composer_sassha import SASSHA, Sassha, compare
+from composer_sassha.recipes.files import bundled_recipes
 from tests.helpers import Spy, assert_same, copied, images, network, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +63,22 @@ def test_every_fault_has_its_test():
     code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
     tests = [name for row in rows for name in re.findall(r"`(\w+)`", row[3])]
     assert len(tests) >= len(rows) and [name for name in tests if f"def {name}(" not in code] == []
+
+
+def test_every_recipe_is_named():
+    names = set(re.findall(r"`(\w+)`", README[README.index("## Recipes") :]))
+    recipes = {re.sub(r"noise\d\d$", "noise20", name) for name in bundled_recipes()}  # the first of a series
+    assert recipes <= names
+
+
+@pytest.mark.parametrize(
+    "command",
+    re.findall(r"^python -m composer_sassha\.compare (.+)$", README.replace("\\\n", ""), re.MULTILINE),
+)
+def test_comparisons_can_be_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([*shlex.split(command), "--table"]) == 0
+    assert "| method" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
