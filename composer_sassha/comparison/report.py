@@ -12,11 +12,13 @@ from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from tabulate import tabulate
 
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
 from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.sharpness import section
 from composer_sassha.comparison.table import LEVEL, METRICS, Metric, Row, best_rows, rows_of, welch, winner
 from composer_sassha.recipes.run_log import write_atomically
 
@@ -210,6 +212,7 @@ class Report:
             name=name,
             each_run=self._each_run(),
             picture=base64.b64encode(png.getvalue()).decode(),
+            sharpness=Markup(section(folder)),  # of runs that were inspected
         )
         write_atomically(folder / "table.md", f"# {name}\n\n{self.results_text()}\n{self.settings_text()}")
         write_atomically(folder / "table.csv", self.csv())
