@@ -281,10 +281,8 @@ def _numbers(
     with part("plane", len(across) ** 2):
         found["plane"] = plane(objective, first, second, across, across).tolist()
     with part("interpolation", len(at)):
-        # From a little before this run to a little behind the other one.
-        found["lines"]["interpolation"] = interpolation(
-            objective, model, end, [0.5 + 0.75 * a for a in at]
-        ).tolist()
+        way = [(1 + a) / 2 for a in at]
+        found["lines"]["interpolation"] = interpolation(objective, model, end, way).tolist()
     return found
 
 

@@ -170,21 +170,20 @@ def spectra(found: Found) -> Figure | None:
     width = (high - low) / 200 or 1.0
     at = np.linspace(low - 8 * width, high + 8 * width, 2000)
     figure, panels = _panels(len(methods), height=2.6)
-    size = 1.0
+    highest = 0.0
     for axes, (method, runs) in zip(panels, methods.items(), strict=True):
         for run, line, colour in zip(runs, cycle(_LINES), cycle(_COLOURS), strict=False):
             if run["spectrum"] is None:
                 continue
             density = Spectrum(*map(np.array, run["spectrum"])).density(at, width)
-            size = min(size, min(run["spectrum"][1]))
+            highest = max(highest, density.max())
             axes.plot(at, density, color=colour, linestyle=line, linewidth=1.0, label=f"seed {run['seed']}")
         ratio, largest = (_moments(_values(runs, n))[0] for n in ("lambda_max_over_lambda_5", "lambda_max"))
         text = "" if largest is None else f"λ₁ = {largest:.3g}"
         text += "" if ratio is None else f"\nλ₁/λ₅ = {ratio:.3g}"
         axes.text(0.97, 0.95, text, transform=axes.transAxes, ha="right", va="top")
         axes.set(title=method, yscale="log")
-    # A single eigenvalue among all weights is a peak of about this height.
-    panels[0].set_ylim(bottom=1e-7 / width)
+    panels[0].set_ylim(1e-7 * highest, 3 * highest)  # one weight in millions still makes a peak
     _label_outer(panels, "eigenvalue", "density")
     panels[0].legend(loc="upper center", fontsize=8)
     return figure
@@ -200,7 +199,7 @@ def lines(found: Found) -> Figure | None:
     places = {
         "random": (EXTENT * points, "random filter-normalized direction"),
         "eigenvector": (EIGEN_EXTENT * points, "first eigenvector"),
-        "interpolation": (0.5 + 0.75 * points, f"from each run (0) to {found['reference']} (1)"),
+        "interpolation": ((1 + points) / 2, f"from each run (0) to {found['reference']} (1)"),
     }
     drawn = False
     for axes, (name, (at, label)) in zip(grid, places.items(), strict=True):
