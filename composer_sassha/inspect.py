@@ -48,7 +48,7 @@ class Options:
     asam_rho: float = 0.5
     trace_samples: int = 32
     steps: int = 80
-    probes: int = 4
+    probes: int = 2
     points: int = 41
 
 

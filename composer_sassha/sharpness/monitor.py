@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from composer.core import Callback, DataSpec, Event, State, ensure_data_spec
 from composer.devices import Device
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
 
 from composer_sassha import _validate
 from composer_sassha._sharding import is_sharded
@@ -18,7 +19,7 @@ from composer_sassha.algorithms._batches import plain, size_of
 from composer_sassha.optim.passes import Snapshot
 from composer_sassha.sharpness.measure import Deadline, Measures, measure
 from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
-from composer_sassha.sharpness.spectrum import spectrum
+from composer_sassha.sharpness.spectrum import Spectrum, spectrum
 
 
 class SharpnessMonitor(Callback):
@@ -33,7 +34,7 @@ class SharpnessMonitor(Callback):
     Logs `sharpness/<name>` for every name that `measure` lists, and `sharpness/seconds`, what it took. Where
     the time was over, or a gradient was not finite, a name is absent. All sums go over all ranks, each of
     which has its own share of the loader. At the end of the chosen epochs, the table `sharpness/spectrum`
-    has a row for each eigenvalue and its weight (`Spectrum`).
+    has a row for each eigenvalue and its weight; the attribute `spectra` has each epoch's `Spectrum`.
 
     Args:
         interval: time between measurements, such as '1ep' or '500ba'; also measured at the end of the
@@ -93,6 +94,7 @@ class SharpnessMonitor(Callback):
             raise ValueError(
                 f"{owner}: interval={interval!r} is not allowed; it must be a time such as '1ep' or '500ba'"
             ) from error
+        self.spectra: dict[int, Spectrum] = {}
         self._taken: list[tuple[Any, int]] = []
         self._measured_at: int | None = None
 
@@ -131,8 +133,19 @@ class SharpnessMonitor(Callback):
                     found = spectrum(objective, self.spectrum_steps, self.spectrum_probes, self.measures.seed)
                 except Unfinished:
                     return
+            self.spectra[state.timestamp.epoch.value] = found
             rows = [list(row) for row in zip(found.eigenvalues.tolist(), found.weights.tolist(), strict=True)]
-            logger.log_table(["eigenvalue", "weight"], rows, name="sharpness/spectrum")
+            for destination in logger.destinations:
+                try:
+                    destination.log_table(
+                        ["eigenvalue", "weight"], rows, "sharpness/spectrum", state.timestamp.batch.value
+                    )
+                except MissingConditionalImportError:
+                    warnings.warn(
+                        f"SharpnessMonitor: {type(destination).__name__} needs pandas for tables and has not "
+                        "logged the spectrum; it is in the monitor's spectra",
+                        stacklevel=2,
+                    )
 
     def _data(self, state: State) -> DataSpec:
         if self.dataloader is not None:
