@@ -32,7 +32,7 @@ NUMBERS = {
     "m16": "m = 16",
     "asam": "ASAM",
     "average": "average",
-    "full_grad_norm": "|g|",
+    "full_grad_norm": "‖g‖",
     "loss": "loss",
 }
 PICTURES = {

@@ -83,7 +83,7 @@ def test_the_density_is_within_the_bound_of_the_quadrature():
 
 def test_the_density_is_within_the_deviation_of_its_probes():
     problem, count = Problem(), 40
-    objective, hessian = objective_of_problem(problem), problem.hessian()
+    objective, hessian = objective_of_problem(problem, [8]), problem.hessian()
     size = len(hessian)
     values = torch.linalg.eigvalsh(hessian).numpy()
     width, at = (values[-1] - values[0]) / 12, np.linspace(values[0], values[-1], 25)
