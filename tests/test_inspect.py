@@ -21,6 +21,7 @@ from composer_sassha.sharpness import Measures, measure, objective_of, top_eigen
 
 QUICK = ["--samples", "40", "--steps", "3", "--probes", "1", "--trace-samples", "2", "--points", "5"]
 RECIPE = ["max_duration=1ep", "model.width=2", "progress_bar=false"]
+LINES = ("random", "eigenvector", "interpolation")
 PICTURES = {"spectra.png", "lines.png", "planes.png"}
 
 
@@ -105,6 +106,7 @@ def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixt
     plane = np.array(entry["plane"])
     assert plane.shape == (3, 3) and plane[1, 1] == pytest.approx(exact["loss"], rel=1e-5)
     assert plane[1] == pytest.approx(entry["lines"]["random"][::2], rel=1e-5)
+    assert plane[:, 1] != pytest.approx(plane[1], rel=1e-3), "two directions"
     ends = [entry["lines"]["interpolation"][i] for i in (0, -1)]
     reference = after["runs"][after["reference"]]
     assert after["reference"] == "sgd/seed0"
@@ -307,7 +309,7 @@ def pretend(methods: int, seeds: int = 2) -> dict[str, Any]:
             "accuracy": 0.9,
             "numbers": {"lambda_max": scale, "trace": 3 * scale},
             "spectrum": [[0.0, 1.0, scale], [0.9, 0.09, 0.01]],
-            "lines": {name: (0.1 + scale * grid**2).tolist() for name in ("random", "eigenvector")},
+            "lines": {name: (0.1 + scale * grid**2).tolist() for name in LINES},
             "plane": (0.1 + scale * (grid[:, None] ** 2 + grid**2)).tolist(),
         }
     options = {"split": "heldout", "samples": 1, "rho": 0.05, "asam_rho": 0.5, "points": 5}
@@ -321,7 +323,10 @@ def test_panels_share_their_scale(methods: int) -> None:
         panels = [axes for axes in figure.axes if axes.get_title()]
         assert [axes.get_title() for axes in panels] == list(sharpness.by_method(given))[:count]
         assert len({axes.get_xlim() for axes in panels}) == len({axes.get_ylim() for axes in panels}) == 1
-    assert len({axes.get_ylim() for axes in sharpness.lines(given).axes}) == 1
+    lines = sharpness.lines(given)
+    assert len({axes.get_ylim() for axes in lines.axes}) == 1
+    # On the way to the first run, its own method is there with another seed.
+    assert [len(axes.lines) for axes in lines.axes] == [methods] * 3
 
 
 def test_the_largest_eigenvalues_are_compared_by_their_geometric_means() -> None:

@@ -203,19 +203,28 @@ def _measured(run: Finished, options: Options, end: Mapping[str, torch.Tensor]) 
     reproducibility.seed_all(0)  # the same samples, augmented in the same way, for all runs
     with _config_errors("data"):
         train, heldout = run.recipe.data.build(0)
-    loader: Any = train if options.split == "train" else ensure_data_spec(heldout.dataloader).dataloader
-    batches = take(ensure_data_spec(_sample(loader, options)), None, device)
+        loader: Any = train if options.split == "train" else ensure_data_spec(heldout.dataloader).dataloader
+        batches = take(ensure_data_spec(_sample(loader, options)), None, device)
     with _config_errors("model"):
         model = device.module_to_device(run.recipe.model.build())
     _load(model, run)
+    if {name: t.shape for name, t in model.state_dict().items()} != {
+        name: t.shape for name, t in end.items()
+    }:
+        raise ConfigError(
+            f"{run.folder}: has another model than the run that all are interpolated to; inspect it in a "
+            "comparison of its own"
+        )
     try:
         with undisturbed(model):
+            objective = objective_of(model, batches)
+            _try(objective, run)
             return {
                 "method": run.recipe.method,
                 "seed": run.recipe.seed,
                 "accuracy": run.results["accuracy"],
                 "version": run.version,
-                **_numbers(str(run), objective_of(model, batches), model, options, end),
+                **_numbers(str(run), objective, model, options, end),
             }
     except SettingError as error:
         raise ConfigError(f"{run.folder}: {error}") from error
@@ -223,6 +232,13 @@ def _measured(run: Finished, options: Options, end: Mapping[str, torch.Tensor]) 
         raise ConfigError(
             f"--batch-size={options.batch_size}: the device is out of memory; take fewer samples in one pass"
         ) from error
+
+
+def _try(objective: Objective, run: Finished) -> None:
+    try:
+        objective.loss()
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ConfigError(f"{run.folder}: its model does not fit the data: {error}") from error
 
 
 def _sample(loader: DataLoader, options: Options) -> DataLoader:

@@ -39,7 +39,8 @@ PICTURES = {
     "spectra.png": (
         "Spectra",
         "Density of the Hessian's eigenvalues by stochastic Lanczos quadrature, every point smoothed to a "
-        "Gaussian; one line for each seed, and all panels on one scale.",
+        "Gaussian; one line for each seed, and all panels on one scale. The numbers are means over "
+        "them.",
     ),
     "lines.png": (
         "Landscapes along lines",
@@ -205,7 +206,9 @@ def lines(found: Found) -> Figure | None:
     for axes, (name, (at, label)) in zip(grid, places.items(), strict=True):
         styles = cycle(product(_LINES, _COLOURS))
         for (method, runs), (line, colour) in zip(by_method(found).items(), styles, strict=False):
-            values = runs[0]["lines"].get(name)
+            if name == "interpolation":  # from a run to itself there is no way
+                runs = [run for run in runs if f"{run['method']}/seed{run['seed']}" != found["reference"]]
+            values = runs[0]["lines"].get(name) if runs else None
             if values is not None:
                 losses = np.array(values, dtype=float)
                 axes.plot(at, losses, color=colour, linestyle=line, linewidth=1.4, label=method)

@@ -43,7 +43,8 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
 
     Args:
         objective: whose products `solve` may ask for.
-        solve: called on rank 0 with the product; all ranks get what it returns.
+        solve: called on rank 0 with the product; all ranks get what it returns. What it raises by itself
+            ends rank 0 alone, so it is not to raise anything else than the product does.
     """
     if not (objective.shared and several()):
         return solve(objective.product)
@@ -81,7 +82,7 @@ def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: in
         k: how many, >= 1; if the Hessian has fewer, all of them.
         tol: every eigenvalue is off by at most `tol` times itself, as far as the products are exact (the
             norm of a residual bounds the error). Those that do not get there in 50 restarts, such as a zero,
-            are left out. > 0. Default: 1e-3.
+            may be left out. > 0. Default: 1e-3.
         seed: of the vector that the iteration starts from. Default: 0.
 
     Raises:
@@ -97,19 +98,25 @@ def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: in
         >>> top_eigenpairs(objective, k=2).values
         array([5., 3.])
     """
+    _check(k, tol)
     return led(objective, lambda product: _top(product, objective, k, tol, seed))
 
 
 def top_eigenvalues(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> np.ndarray:
     """Return the k largest eigenvalues alone; see `top_eigenpairs`."""
+    _check(k, tol)
     return led(objective, lambda product: _top(product, objective, k, tol, seed).values)
 
 
-def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) -> Eigenpairs:
+def _check(k: int, tol: float) -> None:
     _validate.integer("sharpness", "eigenvalues", k, low=1)
     _validate.number("sharpness", "tol", tol, low=1e-15)
+
+
+def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) -> Eigenpairs:
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+
     like, size = wide_like(objective), objective.size
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     def times(vector: np.ndarray) -> np.ndarray:
         return product(torch.from_numpy(vector.ravel().copy()).to(like)).double().cpu().numpy()
@@ -127,6 +134,8 @@ def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) 
             )
         except ArpackNoConvergence as error:
             values, vectors = error.eigenvalues, error.eigenvectors
+        except ArpackError:  # the Hessian is zero
+            values, vectors = np.zeros(0), np.zeros((size, 0))
     order = np.argsort(values)[::-1][:k]
     return Eigenpairs(values[order], vectors[:, order].T.copy())
 

@@ -1,7 +1,6 @@
 """All numbers of sharpness at once: which, how exactly, and in which order."""
 
 import contextlib
-import math
 import time
 from dataclasses import dataclass
 
@@ -166,17 +165,14 @@ class Deadline:
     """A tick that raises once the time is over, on all ranks at the same evaluation.
 
     Args:
-        seconds: from now; infinity: never.
+        seconds: from now.
         device: where the ranks' answers are gathered.
     """
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self._end, self._device = time.monotonic() + seconds, device
-        self.unlimited = math.isinf(seconds)
 
     def __call__(self) -> None:
         """Raises Unfinished: the time is over on some rank."""
-        if self.unlimited:
-            return
         if any_rank(torch.tensor(time.monotonic() > self._end, device=self._device)):
             raise Unfinished("the time is over")

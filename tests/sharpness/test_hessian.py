@@ -57,6 +57,7 @@ def test_eigenvalues_that_do_not_converge_are_left_out():
     found = top_eigenvalues(quadratic(symmetric([9.0, 4.0, *[0.0] * 60])), k=4)
     assert found[:2] == pytest.approx([9.0, 4.0], rel=1e-3)
     assert np.abs(found[2:]).max(initial=0) <= 1e-6
+    assert len(top_eigenvalues(quadratic(torch.zeros(64, 64)))) == 0
 
 
 def test_the_trace_is_exact_where_the_hessian_is_diagonal():

@@ -12,6 +12,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from composer_sassha import SharpnessMonitor
+from composer_sassha.algorithms._batches import plain
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
 from composer_sassha.sharpness.measure import Deadline
 from tests.distributed.launch import run_checks
@@ -86,11 +87,21 @@ def a_run_with_the_monitor_is_equal_to_one_without() -> None:
         ends.append(everything(done))
         done.close()
     assert_same(*ends)
-    name = "sharpness/lambda_max"
-    values = [value for _, value in log.data[name]]
+    values = [value for _, value in log.data["sharpness/lambda_max"]]
     assert len(values) == 2
     for other in dist.all_gather_object(values):
         assert other == values
+    # Each rank has statistics of its own; what is measured are rank 0's, as in an evaluation.
+    model = plain(done.state.model)
+    mean = model.get_buffer("module.1.running_mean")
+    first, second = dist.all_gather_object(mean.clone())
+    assert not torch.equal(first, second)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    with undisturbed(model):
+        whole = objective_of(model, [(data.tensors, 20)])
+        whole.shared = False
+        assert log.data["sharpness/loss"][-1][1] == pytest.approx(whole.loss(), rel=1e-5)
 
 
 CHECKS = {
