@@ -26,8 +26,8 @@ class Measures:
     """What is measured, and how exactly. A number of 0, and an empty tuple, leave that part out.
 
     In units of one gradient over all samples, a part costs about: 1 for a loss with its gradient, 2 for
-    `sam` per ascent step, 2 for `asam`, a third of `directions`, 2 for each m (in small batches), 3 for each
-    of the `trace_samples`, and 3 for each product of `eigsh`, which takes 20 at least and some 30 to 100.
+    `sam` per ascent step, 2 for `asam`, two thirds of `directions`, 2 for each m (in small batches), 3 for
+    each of the `trace_samples`, and for each product of `eigsh`, which takes 20 at least and some 30 to 100.
 
     Args:
         eigenvalues: the number of the Hessian's largest eigenvalues, >= 0. Default: 5.

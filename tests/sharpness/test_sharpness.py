@@ -130,6 +130,14 @@ def test_average_sharpness_is_that_of_its_directions_and_near_the_trace():
     assert found.error == pytest.approx(error, rel=0.25)
 
 
+def test_the_slope_does_not_enter_the_average():
+    w = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    slope = torch.tensor([100.0, -50.0, 7.0], dtype=torch.float64)
+    objective = Objective({"w": w}, lambda _: slope @ w + (w**2).sum(), [(None, 1)])
+    mean, error = average_sharpness(objective, rho=0.1, directions=4)
+    assert mean == pytest.approx(0.01, rel=1e-9) and error <= 1e-12
+
+
 @pytest.mark.parametrize(
     "measured",
     [
