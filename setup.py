@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["composer_sassha", "composer_sassha.*"]), "composer_sassha.yamls"],
     package_dir={"composer_sassha.yamls": "yamls"},
     package_data={
-        "composer_sassha": ["py.typed", "**/*.md", "comparison/report.html"],
+        "composer_sassha": ["py.typed", "**/*.md", "comparison/*.html"],
         "composer_sassha.yamls": ["*.yaml"],
     },
     install_requires=[

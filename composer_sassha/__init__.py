@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ignore_own_entries,
     )
     from composer_sassha.optim import SASSHA, AdaHessian, SharpnessAwareOptimizer, Sophia
+    from composer_sassha.sharpness import SharpnessMonitor
 
 __version__ = "0.1.0"
 
@@ -47,17 +48,21 @@ __all__ = [
     "Sassha",
     "Schedule",
     "SharpnessAwareOptimizer",
+    "SharpnessMonitor",
     "Sophia",
     "ignore_own_entries",
 ]
 
-_PLAIN = ("SASSHA", "AdaHessian", "SharpnessAwareOptimizer", "Sophia")
+# Which part has a name; the algorithms have all others.
+_PARTS = dict.fromkeys(("SASSHA", "AdaHessian", "SharpnessAwareOptimizer", "Sophia"), "optim") | {
+    "SharpnessMonitor": "sharpness"
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'optim' if name in _PLAIN else 'algorithms'}"), name)
+    return getattr(import_module(f"{__name__}.{_PARTS.get(name, 'algorithms')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from composer_sassha.recipes.command_line import CommandParser, recipe_and_overrides
+from composer_sassha.recipes.command_line import OPTIONAL, CommandParser, at_least_one, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError
 
 if TYPE_CHECKING:
     from composer_sassha.comparison.grid import Run
 
-_OPTIONAL = {"matplotlib", "scipy", "jinja2", "tabulate"}
 _EXAMPLES = """\
 examples:
   python -m composer_sassha.compare digits                         every method with seeds 0, 1 and 2
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if (package := (error.name or "").split(".")[0]) not in _OPTIONAL:
+        if (package := (error.name or "").split(".")[0]) not in OPTIONAL:
             raise
         print(f"compare: needs {package}; pip install 'composer_sassha[demo]'", file=sys.stderr)
         return 2
@@ -124,12 +123,6 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(seed) for seed in seeds))
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
-    return int(text)
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m composer_sassha.compare",
@@ -146,9 +139,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="all by default")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], metavar="0,1", help="0,1,2 by default")
-    parser.add_argument(
-        "--jobs", type=_at_least_one, default=1, metavar="N", help="runs at the same time (1)"
-    )
+    parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="runs at the same time (1)")
     parser.add_argument(
         "--table", action="store_true", help="print the table of what is there; run and write nothing"
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Event
+from composer.loggers import InMemoryLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sassha import SASSHA, Sassha, compare
@@ -16,7 +17,7 @@ from tests.helpers import Spy, assert_same, copied, images, network, trainer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT.joinpath("README.md").read_text(encoding="utf-8")
-SCRIPT, LOOP = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+SCRIPT, LOOP, MONITOR = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_script_trains():
@@ -55,6 +56,21 @@ def test_the_plain_loop_is_short_and_takes_the_trainers_steps_to_the_last_bit(fl
     exec(LOOP, {"model": model, "batches": batches})
     assert_same(copied(model.state_dict()), copied(run.state.model.module.state_dict()))
     run.close()
+
+
+def test_the_monitor_measures():
+    log = InMemoryLogger()
+    names = {
+        "Trainer": lambda **settings: Trainer(**settings, device="cpu", progress_bar=False, loggers=log),
+        "model": network(),
+        "train_dataloader": DataLoader(images(), batch_size=10),
+        "eval_dataloader": DataLoader(images(), batch_size=10),
+        "Sassha": Sassha,
+        "SASSHA": SASSHA,
+    }
+    exec(MONITOR, names)
+    assert len(log.data["sharpness/lambda_max"]) == 2
+    names["trainer"].close()
 
 
 def test_every_fault_has_its_test():

@@ -16,8 +16,8 @@ from composer_sassha.recipes.run_log import number
 
 # Okabe and Ito's palette without its yellow, which is too pale for paper. The line style tells lines of the
 # same colour apart, and helps where colours are not seen or not printed.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
-_LINES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
+LINES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))]
 _EARLY = 0.3  # an axis of what shall be high covers the values after this part of the training
 
 
@@ -86,7 +86,7 @@ def plot_curves(curves: dict[str, Curve], metrics: Sequence[Metric], heldout: st
     grid = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
     in_epochs = all(curve.epochs is not None for curve in curves.values())
     for metric, (left, right) in zip(metrics, grid, strict=True):
-        styles = cycle(product(_LINES, _COLOURS))
+        styles = cycle(product(LINES, COLOURS))
         for (method, curve), (line, colour) in zip(curves.items(), styles, strict=False):
             style = {"color": colour, "linestyle": line, "label": method}
             _line(left, curve.epochs if in_epochs else curve.steps, curve.values[metric.name], style)

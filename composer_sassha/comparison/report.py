@@ -12,11 +12,13 @@ from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from tabulate import tabulate
 
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
 from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.sharpness import section
 from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import write_atomically
@@ -95,7 +97,7 @@ class Report:
 
     def _means(self, metric: Metric) -> list[str]:
         best = best_rows(self.rows, metric)
-        cells = [_spread(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows]
+        cells = [spread(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows]
         return [Best(cell) if row in best else cell for row, cell in zip(self.rows, cells, strict=True)]
 
     def _p(self, row: Row) -> str:
@@ -213,6 +215,7 @@ class Report:
             name=name,
             each_run=self._each_run(),
             picture=base64.b64encode(png.getvalue()).decode(),
+            sharpness=Markup(section(folder)),  # of runs that were inspected
         )
         write_atomically(folder / "table.md", f"# {name}\n\n{self.results_text()}\n{self.settings_text()}")
         write_atomically(folder / "table.csv", self.csv())
@@ -234,7 +237,7 @@ class Report:
                 rows.append([str(run), run.state, *[NOTHING] * (len(head) - 2)])
                 continue
             single = Row(run.recipe.method, [run])
-            values = [_spread(single.mean(metric), None, metric.digits) for metric in self.metrics]
+            values = [spread(single.mean(metric), None, metric.digits) for metric in self.metrics]
             times = [f"{results['seconds']:.1f}", f"{1000 * results['seconds_per_step']:.1f}"]
             rows.append([str(run), *values, *times, str(results["steps"])])
         return Table(head, rows)
@@ -244,7 +247,7 @@ def _said(lists: dict[str, list[str]]) -> list[str]:
     return [f"{what}: {', '.join(names)}." for what, names in lists.items() if names]
 
 
-def _spread(mean: float | None, deviation: float | None, digits: int) -> str:
+def spread(mean: float | None, deviation: float | None, digits: int) -> str:
     if mean is None:
         return NOTHING
     if not math.isfinite(mean):

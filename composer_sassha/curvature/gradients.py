@@ -1,6 +1,7 @@
 """The gradients of a loss: of whole parameters by autograd, of sharded ones by an ordinary backward."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ def by_autograd(params: Sequence[Tensor]) -> Gradients:
         return torch.autograd.grad(loss, params, retain_graph=retain_graph, materialize_grads=True)
 
     return gradients
+
+
+@contextlib.contextmanager
+def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the tensors' own hooks from running, where a gradient is computed that is not to be delivered."""
+    hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
+    try:
+        for p, _ in hooks:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hook in hooks:
+            p._backward_hooks = hook
 
 
 class ByBackward:

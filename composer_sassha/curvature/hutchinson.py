@@ -78,31 +78,61 @@ def hutchinson_diagonal(
         >>> hutchinson_diagonal(grads, [w], keys=[(0,)])
         [tensor([ 6., 12.])]
     """
-    curved = [i for i, grad in enumerate(grads) if grad.requires_grad]  # where the loss is linear, H is zero
     wide = [wide_dtype([p]) for p in params]
     total = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(params, wide, strict=True)]
-    if not curved:
-        return total
     for sample, key in enumerate(keys, start=1):
         probe = rademacher(params, key)
-        try:
-            products = torch.autograd.grad(
-                [grads[i] for i in curved],
-                params,
-                [probe[i] for i in curved],
-                retain_graph=sample < len(keys),
-                materialize_grads=True,
-            )
-        except RuntimeError as error:
-            found = NO_DERIVATIVE.search(str(error))
-            if found is None:
-                raise
-            name = found[found.lastindex or 0].removesuffix(".default")
-            raise _no_second_derivative(name.removesuffix("_backward").lstrip("_")) from error
+        products = hessian_product(grads, params, probe, retain_graph=sample < len(keys))
         wide_products = [product.to(dtype) for product, dtype in zip(products, wide, strict=True)]
         wide_probe = [z.to(dtype) for z, dtype in zip(probe, wide, strict=True)]
         torch._foreach_addcmul_(total, wide_probe, wide_products, 1 / len(keys))
     return total
+
+
+def hessian_product(
+    grads: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> Sequence[Tensor]:
+    """Return H v, the derivative of `g . v`: zero for a parameter that it does not depend on.
+
+    Args:
+        grads: the loss's gradients, made with `create_graph=True`; None where the loss uses none.
+        params: the parameters, one for each gradient.
+        vectors: v, in the shapes of the parameters.
+        retain_graph: keep the gradients' graph.
+
+    Raises:
+        SettingError: an operation has no second derivative.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> grads = torch.autograd.grad((w**3).sum(), [w], create_graph=True)
+        >>> hessian_product(grads, [w], [torch.tensor([1.0, -1.0])])
+        (tensor([  6., -12.]),)
+    """
+    curved = [  # where the loss is linear, H is zero
+        (grad, vector)
+        for grad, vector in zip(grads, vectors, strict=True)
+        if grad is not None and grad.requires_grad
+    ]
+    if not curved:
+        return [torch.zeros_like(p) for p in params]
+    try:
+        return torch.autograd.grad(
+            [grad for grad, _ in curved],
+            params,
+            [vector for _, vector in curved],
+            retain_graph=retain_graph,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        found = NO_DERIVATIVE.search(str(error))
+        if found is None:
+            raise
+        name = found[found.lastindex or 0].removesuffix(".default")
+        raise _no_second_derivative(name.removesuffix("_backward").lstrip("_")) from error
 
 
 def _watch(name: str, broken: list[str]) -> Callable[..., None]:
@@ -125,9 +155,17 @@ def _watch(name: str, broken: list[str]) -> Callable[..., None]:
     return hook
 
 
-def _no_second_derivative(name: str) -> SettingError:
-    return SettingError(
+class NoSecondDerivative(SettingError):
+    """An operation of the model cannot be differentiated twice; `operation` is its name."""
+
+    operation = ""
+
+
+def _no_second_derivative(name: str) -> NoSecondDerivative:
+    error = NoSecondDerivative(
         f"LazyHessian: estimator='hutchinson' differentiates twice, and {name} has no second derivative; use "
         "estimator='gauss_newton' (for a cross-entropy) or 'finite_difference' (for smooth networks), or "
         f"another kernel in place of {name}"
     )
+    error.operation = name
+    return error

@@ -17,7 +17,7 @@ from composer_sassha._sharding import Shards, forget_copies, local, shards_of
 from composer_sassha._tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
-from composer_sassha.curvature.gradients import ByBackward
+from composer_sassha.curvature.gradients import ByBackward, without_hooks
 from composer_sassha.curvature.hutchinson import differentiable_gradients
 
 
@@ -228,7 +228,7 @@ class LazyCurvature:
             return loss
 
         everyone = [*self._params, *self._others]
-        with _without_hooks(everyone), _reentrant_checkpoints_refused():
+        with without_hooks(everyone), _reentrant_checkpoints_refused():
             scale = self._gradient_scale
             if scale != 1 and size and batch_size:  # the backward of an ordinary step starts from this
                 scale *= size / batch_size
@@ -447,19 +447,6 @@ class _Delivery(torch.autograd.Function):
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
         grads, ctx.grads = ctx.grads, None
         return weight, grads.pop(), None
-
-
-@contextlib.contextmanager
-def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the tensors' own hooks from running: they will, once, when the gradient is delivered."""
-    hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
-    try:
-        for p, _ in hooks:
-            p._backward_hooks = None
-        yield
-    finally:
-        for p, hook in hooks:
-            p._backward_hooks = hook
 
 
 @contextlib.contextmanager

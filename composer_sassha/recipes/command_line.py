@@ -1,12 +1,14 @@
 """How the commands are called. Nothing here imports torch, so that `--help` answers at once."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.files import bundled_recipes
+
+OPTIONAL = {"matplotlib", "scipy", "jinja2", "tabulate"}  # packages that comparisons need
 
 
 class CommandParser(ArgumentParser):
@@ -38,3 +40,14 @@ def recipe_and_overrides(arguments: Sequence[str], default: str | None = None) -
             f"RECIPE: not given; name a YAML file or a bundled recipe first (there are: {known})"
         )
     return default, list(arguments)
+
+
+def at_least_one(text: str) -> int:
+    """An argument's type: a whole number from 1.
+
+    >>> at_least_one("3")
+    3
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r}: must be a whole number from 1")
+    return int(text)

@@ -87,22 +87,22 @@ def _build(recipe: Recipe) -> _Parts:
     """Build all that can be built without writing, so that mistakes show before anything is written."""
     if recipe.precision != "fp32" and isinstance(get_device(None), DeviceCPU):
         raise ConfigError(f"precision={recipe.precision}: needs a GPU; this machine trains in fp32")
-    with _config_errors("curves.png"):
+    with config_errors("curves.png"):
         import matplotlib.figure  # noqa: F401  # only at the end, but then it would be late to ask for it
     reproducibility.seed_all(recipe.seed)  # the Trainer seeds too, but the model is built before it
-    with _config_errors("data"):
+    with config_errors("data"):
         train, heldout = recipe.data.build(recipe.seed)
         _check_model(recipe)
-    with _config_errors("model"):
+    with config_errors("model"):
         model = recipe.model.build()
-    with _config_errors("optimizer"):
+    with config_errors("optimizer"):
         optimizer = recipe.optimizer.build(model.parameters())
     algorithms = []
     for name, algorithm in recipe.algorithms.items():
-        with _config_errors(f"algorithms.{name}"):
+        with config_errors(f"algorithms.{name}"):
             algorithms.append(algorithm.build())
     for name, schedule in recipe.schedules.items():
-        with _config_errors(f"schedules.{name}"):
+        with config_errors(f"schedules.{name}"):
             algorithms.append(Schedule(name, schedule.build()))
     if hasattr(optimizer, "update_curvature") and not any(
         hasattr(p, "curvature") for p in _checks.parts(algorithms)
@@ -111,7 +111,7 @@ def _build(recipe: Recipe) -> _Parts:
             f"algorithms: {type(optimizer).__name__} needs a Hessian; add algorithms.lazy_hessian={{}}, "
             "or algorithms.sassha={} or algorithms.msassha={}, which perturb as well"
         )
-    with _config_errors("schedulers"):
+    with config_errors("schedulers"):
         scheduler = recipe.schedulers.build() if recipe.schedulers is not None else None
     try:
         with torch.no_grad():
@@ -135,7 +135,7 @@ def _check_model(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _config_errors(where: str) -> Iterator[None]:
+def config_errors(where: str) -> Iterator[None]:
     """What a constructor refuses, or an optional package that is missing, is a mistake in the recipe."""
     try:
         yield

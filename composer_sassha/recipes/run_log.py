@@ -116,7 +116,9 @@ class RunLog(LoggerDestination):
         self._bar.update()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        self._pending = {}  # Composer repeats the training metrics of the last step
+        # Composer repeats the training metrics of the last step; what is new belongs to the coming record.
+        last = self.records[-1] if self.records else {}
+        self._pending = {name: value for name, value in self._pending.items() if name not in last}
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._write(state)

@@ -1,0 +1,41 @@
+"""How sharp the minimum is that a method has found: measured while it trains, and after."""
+
+from composer_sassha.sharpness.hessian import Eigenpairs, Estimate, top_eigenpairs, top_eigenvalues, trace
+from composer_sassha.sharpness.landscape import filter_normalized, interpolation, line, plane
+from composer_sassha.sharpness.measure import Measures, measure
+from composer_sassha.sharpness.monitor import SharpnessMonitor
+from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
+from composer_sassha.sharpness.sharpness import (
+    asam_sharpness,
+    average_sharpness,
+    m_sharpness,
+    rise,
+    sam_sharpness,
+)
+from composer_sassha.sharpness.spectrum import Spectrum, spectrum
+
+__all__ = [
+    "Eigenpairs",
+    "Estimate",
+    "Measures",
+    "Objective",
+    "SharpnessMonitor",
+    "Spectrum",
+    "Unfinished",
+    "asam_sharpness",
+    "average_sharpness",
+    "filter_normalized",
+    "interpolation",
+    "line",
+    "m_sharpness",
+    "measure",
+    "objective_of",
+    "plane",
+    "rise",
+    "sam_sharpness",
+    "spectrum",
+    "top_eigenpairs",
+    "top_eigenvalues",
+    "trace",
+    "undisturbed",
+]

@@ -1,0 +1,173 @@
+"""The Hessian of an objective: its largest eigenvalues, and its trace."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from composer_sassha import _validate
+from composer_sassha._random import generator
+from composer_sassha._ranks import rank, several
+from composer_sassha._tensors import flatten
+from composer_sassha.curvature.probes import rademacher
+from composer_sassha.sharpness.objective import Objective, wide_like
+
+Product = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+
+_RESTARTS = 50  # of ARPACK; eigenvalues that it has not settled by then are not going to be
+
+
+class Estimate(NamedTuple):
+    """A mean over random draws, and its standard error: their deviation over the root of their number."""
+
+    mean: float
+    error: float
+
+
+class Eigenpairs(NamedTuple):
+    """The largest eigenvalues, in descending order [k], and their unit vectors [k, size]."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+
+
+def led(objective: Objective, solve: Callable[[Product], T]) -> T:
+    """Have rank 0 alone decide which Hessian products are computed, and all ranks compute them.
+
+    A solver that stops where its arithmetic tells it to could stop elsewhere on another machine, and the
+    other ranks would wait for it.
+
+    Args:
+        objective: whose products `solve` may ask for.
+        solve: called on rank 0 with the product; all ranks get what it returns. What it raises by itself
+            ends rank 0 alone, so it is not to raise anything else than the product does.
+    """
+    if not (objective.shared and several()):
+        return solve(objective.product)
+    # The vector, and whether there is one.
+    order = wide_like(objective).new_zeros(objective.size + 1)
+
+    def product(vector: Tensor) -> Tensor:
+        order[:-1], order[-1] = vector, 1.0
+        dist.broadcast(order, src=0)
+        return objective.product(vector)
+
+    answer: list[Any] = [None]
+    if rank() == 0:
+        answer = [solve(product)]
+        order.zero_()
+        dist.broadcast(order, src=0)
+    else:
+        while True:
+            dist.broadcast(order, src=0)
+            if not order[-1]:
+                break
+            objective.product(order[:-1].clone())
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> Eigenpairs:
+    """Return the k largest eigenvalues of the Hessian, by SciPy's `eigsh` (implicitly restarted Lanczos).
+
+    They are the largest, not those of the largest magnitude: the Hessian at a minimum has few negative ones,
+    and those are small. Each product is computed in the dtype of the parameters, all else in float64.
+
+    Args:
+        objective: of which the Hessian is taken.
+        k: how many, >= 1; if the Hessian has fewer, all of them.
+        tol: every eigenvalue is off by at most `tol` times itself, as far as the products are exact (the
+            norm of a residual bounds the error). Those that do not get there in 50 restarts, such as a zero,
+            may be left out. > 0. Default: 1e-3.
+        seed: of the vector that the iteration starts from. Default: 0.
+
+    Raises:
+        SettingError: an operation of the model has no second derivative.
+        Unfinished: a product is not finite, or the time is over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        >>> objective = Objective(
+        ...     {"w": w}, lambda x: (x * w**2).sum() / 2, [(torch.tensor([1.0, 5.0, 3.0]), 1)]
+        ... )
+        >>> top_eigenpairs(objective, k=2).values
+        array([5., 3.])
+    """
+    _check(k, tol)
+    return led(objective, lambda product: _top(product, objective, k, tol, seed))
+
+
+def top_eigenvalues(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> np.ndarray:
+    """Return the k largest eigenvalues alone; see `top_eigenpairs`."""
+    _check(k, tol)
+    return led(objective, lambda product: _top(product, objective, k, tol, seed).values)
+
+
+def _check(k: int, tol: float) -> None:
+    _validate.integer("sharpness", "eigenvalues", k, low=1)
+    _validate.number("sharpness", "tol", tol, low=1e-15)
+
+
+def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) -> Eigenpairs:
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+
+    like, size = wide_like(objective), objective.size
+
+    def times(vector: np.ndarray) -> np.ndarray:
+        return product(torch.from_numpy(vector.ravel().copy()).to(like)).double().cpu().numpy()
+
+    basis = min(size, max(2 * k + 1, 20))
+    if size <= basis:  # the basis would be the whole space
+        matrix = np.stack([times(column) for column in np.eye(size)])
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    else:
+        start = torch.randn(size, generator=generator((seed, size), torch.device("cpu")), dtype=torch.float64)
+        operator = LinearOperator((size, size), matvec=times, dtype=np.float64)
+        try:
+            values, vectors = eigsh(
+                operator, k, which="LA", v0=start.numpy(), ncv=basis, maxiter=_RESTARTS, tol=tol
+            )
+        except ArpackNoConvergence as error:
+            values, vectors = error.eigenvalues, error.eigenvectors
+        except ArpackError:  # the Hessian is zero
+            values, vectors = np.zeros(0), np.zeros((size, 0))
+    order = np.argsort(values)[::-1][:k]
+    return Eigenpairs(values[order], vectors[:, order].T.copy())
+
+
+def trace(objective: Objective, samples: int = 32, seed: int = 0) -> Estimate:
+    """Estimate the trace as the mean of `z . H z` over Rademacher vectors z (Hutchinson 1990).
+
+    The estimate is unbiased; its variance is the sum of `2 H_ij^2` over i != j, divided by `samples`.
+
+    Args:
+        objective: of which the Hessian is taken.
+        samples: products, >= 2. Default: 32.
+        seed: of the vectors. Default: 0.
+
+    Raises:
+        SettingError: an operation of the model has no second derivative.
+        Unfinished: a product is not finite, or the time is over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> trace(Objective({"w": w}, lambda x: (x * w**2).sum(), [(torch.tensor([1.0, 3.0]), 1)]), samples=2)
+        Estimate(mean=8.0, error=0.0)
+    """
+    _validate.integer("sharpness", "trace_samples", samples, low=2)
+    found = []
+    for sample in range(samples):
+        z = flatten(rademacher(objective.params, (seed, sample)), like=objective.params)
+        found.append(torch.dot(z.double(), objective.product(z).double()).item())
+    return estimate(found)
+
+
+def estimate(draws: list[float]) -> Estimate:
+    """Return the mean of at least two draws, and its standard error."""
+    return Estimate(float(np.mean(draws)), float(np.std(draws, ddof=1) / len(draws) ** 0.5))

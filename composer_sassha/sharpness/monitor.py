@@ -1,0 +1,201 @@
+"""Sharpness while a Trainer trains."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from composer.core import Callback, DataSpec, Event, State, ensure_data_spec
+from composer.devices import Device
+from composer.loggers import Logger
+from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
+
+from composer_sassha import _validate
+from composer_sassha._sharding import is_sharded
+from composer_sassha._validate import SettingError
+from composer_sassha.algorithms._batches import plain, size_of
+from composer_sassha.optim.passes import Snapshot
+from composer_sassha.sharpness.measure import Deadline, Measures, measure
+from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
+from composer_sassha.sharpness.spectrum import Spectrum, spectrum
+
+
+class SharpnessMonitor(Callback):
+    """Measures the sharpness of the loss on fixed batches while any method trains, and leaves no trace.
+
+    A run with the monitor is equal to one without to the last bit: weights, buffers, modes, gradients and
+    random numbers are as they were, also after an exception. The loss is the model's own,
+    `model.loss(model(batch), batch)`, in the parameters' precision, at the weights w that the optimizer has
+    left, in evaluation mode: no dropout, and BatchNorm's running statistics (rank 0's on all ranks, as an
+    evaluation has them).
+
+    Logs `sharpness/<name>` for every name that `measure` lists, and `sharpness/seconds`, what it took. Where
+    the time was over, or a gradient was not finite, a name is absent. All sums go over all ranks, each of
+    which has its own share of the loader. At the end of the chosen epochs, the table `sharpness/spectrum`
+    has a row for each eigenvalue and its weight; the attribute `spectra` has each epoch's `Spectrum`.
+
+    Args:
+        interval: time between measurements, such as '1ep' or '500ba'; also measured at the end of the
+            training. Default: '1ep'.
+        dataloader: what to measure on, a loader or a `DataSpec` that returns the same batches every time.
+            Default: the Trainer's evaluation data.
+        batches: its first so many on each rank, taken when the training starts and kept, >= 1. Default: 4.
+        measures: which numbers, how exactly, and what each costs. Default: `Measures()`.
+        spectrum_epochs: after which epochs to take the spectrum, >= 1 each. Default: none.
+        spectrum_steps: of Lanczos for each probe, >= 1. Default: 80.
+        spectrum_probes: random vectors, >= 1. Default: 4.
+        batch_statistics: BatchNorm normalizes by each batch's statistics, as in training. Default: False.
+        max_seconds: after so long no further gradient or Hessian product is begun, > 0; the spectrum has as
+            much of its own. Default: 60.
+
+    Raises:
+        TypeError, ValueError: an argument that is not allowed; at the training's start, sharded parameters
+            (FSDP), parameters below float32, or no data.
+        SettingError: an operation of the model has no second derivative.
+
+    Example:
+        >>> SharpnessMonitor(interval="100ba", measures=Measures(eigenvalues=1, m=()))
+        SharpnessMonitor(interval='100ba', batches=4, max_seconds=60.0)
+    """
+
+    def __init__(
+        self,
+        interval: str = "1ep",
+        dataloader: Iterable[Any] | DataSpec | None = None,
+        batches: int = 4,
+        measures: Measures | None = None,
+        spectrum_epochs: Sequence[int] = (),
+        spectrum_steps: int = 80,
+        spectrum_probes: int = 4,
+        batch_statistics: bool = False,
+        max_seconds: float = 60.0,
+    ) -> None:
+        owner = "SharpnessMonitor"
+        self.interval, self.dataloader = interval, dataloader
+        self.batches = _validate.integer(owner, "batches", batches, low=1)
+        self.measures = Measures() if measures is None else measures
+        self.spectrum_epochs = [
+            _validate.integer(owner, "spectrum_epochs", e, low=1) for e in spectrum_epochs
+        ]
+        self.spectrum_steps = _validate.integer(owner, "spectrum_steps", spectrum_steps, low=1)
+        self.spectrum_probes = _validate.integer(owner, "spectrum_probes", spectrum_probes, low=1)
+        self.batch_statistics = _validate.boolean(owner, "batch_statistics", batch_statistics)
+        self.max_seconds = _validate.number(owner, "max_seconds", max_seconds, low=1e-9)
+        if not isinstance(self.measures, Measures):
+            raise TypeError(f"{owner}: measures={measures!r} is not allowed; it must be a Measures")
+        try:
+            # At the ends of batches and epochs, so that the numbers join what is logged there.
+            self._due = create_interval_scheduler(
+                interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
+            )
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{owner}: interval={interval!r} is not allowed; it must be a time such as '1ep' or '500ba'"
+            ) from error
+        self.spectra: dict[int, Spectrum] = {}
+        self._taken: list[tuple[Any, int]] = []
+        self._measured_at: int | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"SharpnessMonitor(interval={self.interval!r}, batches={self.batches}, "
+            f"max_seconds={self.max_seconds})"
+        )
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Refuse what cannot be measured, and take the batches."""
+        if state.fsdp_config is not None or state.tp_config is not None or is_sharded(state.model):
+            raise ValueError(
+                "SharpnessMonitor: sharded parameters (FSDP, TP) are not supported; leave it out, or train "
+                "data-parallel"
+            )
+        if not self._taken:
+            device = next(state.model.parameters()).device
+            before = Snapshot(None, {device})
+            try:
+                self._taken = take(self._data(state), self.batches, state.device)
+            finally:
+                before.restore()  # a loader draws a seed for its workers
+        objective_of(state.model, self._taken)  # refuses what it has to refuse
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Measure if it is time."""
+        self._measure_if_due(Event.BATCH_END, state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Measure if it is time, and take the spectrum."""
+        self._measure_if_due(Event.EPOCH_END, state, logger)
+        if state.timestamp.epoch.value in self.spectrum_epochs:
+            with self._objective(state) as objective:
+                try:
+                    found = spectrum(objective, self.spectrum_steps, self.spectrum_probes, self.measures.seed)
+                except Unfinished:
+                    return
+            self.spectra[state.timestamp.epoch.value] = found
+            rows = [list(row) for row in zip(found.eigenvalues.tolist(), found.weights.tolist(), strict=True)]
+            for destination in logger.destinations:
+                try:
+                    destination.log_table(
+                        ["eigenvalue", "weight"], rows, "sharpness/spectrum", state.timestamp.batch.value
+                    )
+                except MissingConditionalImportError:
+                    warnings.warn(
+                        f"SharpnessMonitor: {type(destination).__name__} needs pandas for tables and has not "
+                        "logged the spectrum; it is in the monitor's spectra",
+                        stacklevel=2,
+                    )
+
+    def _data(self, state: State) -> DataSpec:
+        if self.dataloader is not None:
+            return ensure_data_spec(self.dataloader)
+        if not state.evaluators:
+            raise ValueError(
+                "SharpnessMonitor: the Trainer has no evaluation data to measure on; pass dataloader=..."
+            )
+        return state.evaluators[0].dataloader
+
+    def _measure_if_due(self, event: Event, state: State, logger: Logger) -> None:
+        batch = state.timestamp.batch.value
+        # The end of the training may be that of a batch and of an epoch.
+        if not self._due(state, event) or batch == self._measured_at:
+            return
+        self._measured_at = batch
+        start = time.monotonic()
+        with self._objective(state) as objective:
+            found = measure(objective, self.measures)
+        found["seconds"] = time.monotonic() - start
+        logger.log_metrics({f"sharpness/{name}": value for name, value in found.items()})
+
+    @contextlib.contextmanager
+    def _objective(self, state: State) -> Iterator[Objective]:
+        """What is measured, with the time that it may take from now on."""
+        model = plain(state.model)
+        deadline = Deadline(self.max_seconds, next(model.parameters()).device)
+        with undisturbed(model, self.batch_statistics):
+            if dist.get_world_size() > 1:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, src=0)
+            yield objective_of(model, self._taken, deadline)
+
+
+def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any, int]]:
+    """Take the first batches of a loader to the device, each with its number of samples.
+
+    Args:
+        data: the loader.
+        batches: at most so many; None: all.
+        device: Composer's.
+
+    Raises:
+        SettingError: one has no tensor to count samples by.
+    """
+    taken: list[tuple[Any, int]] = []
+    for batch in islice(iter(data.dataloader), batches):
+        batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
+        count = size_of(batch)
+        if not count:
+            raise SettingError("sharpness: a batch has no tensor with samples in it; use another loader")
+        taken.append((batch, count))
+    return taken

@@ -1,0 +1,258 @@
+"""What is measured: a mean loss over batches that stay the same, as a function of the weights."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from composer_sassha._ranks import several
+from composer_sassha._tensors import flatten, unflatten, wide_dtype
+from composer_sassha._validate import SettingError
+from composer_sassha.algorithms._batches import plain, select
+from composer_sassha.curvature.gradients import without_hooks
+from composer_sassha.curvature.hutchinson import (
+    NoSecondDerivative,
+    differentiable_gradients,
+    hessian_product,
+)
+from composer_sassha.optim.passes import Snapshot
+
+_SEED = 0  # of what a model draws while it is measured
+
+
+class Unfinished(Exception):
+    """A measurement that has no result: its time was over, or a gradient or a product was not finite."""
+
+
+class Objective:
+    """The mean loss over fixed batches, and its first two derivatives at the weights as they are now.
+
+    Every batch counts by its number of samples. All vectors are flat, over the parameters that require a
+    gradient, in their dtype. Random numbers that the model draws are the same in every evaluation.
+
+    Args:
+        params: the parameters by name; those that require no gradient are held fixed.
+        loss: of one batch, a mean over its samples.
+        batches: each with its number of samples; at least one.
+        shared: the ranks have a share of the batches each: sums go over all of them, and all ranks must call
+            the same methods. False: this process's batches alone. Default: True.
+        tick: called before each evaluation. Default: does nothing.
+
+    Raises:
+        SettingError: no parameter requires a gradient, or they are less precise than float32; no batch.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> objective = Objective({"w": w}, lambda x: (x * w**2).sum(), [(torch.tensor([1.0, 3.0]), 1)])
+        >>> objective.loss(), objective.gradient(), objective.product(torch.tensor([1.0, 1.0]))
+        (13.0, tensor([ 2., 12.]), tensor([2., 6.]))
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        loss: Callable[[Any], Tensor],
+        batches: Sequence[tuple[Any, int]],
+        shared: bool = True,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        trained = {name: p for name, p in params.items() if p.requires_grad}
+        self.names, self.params = list(trained), list(trained.values())
+        self.loss_of, self.batches, self.shared, self.tick = loss, list(batches), shared, tick
+        if not self.params:
+            raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
+        coarse = {p.dtype for p in self.params} - {torch.float32, torch.float64}
+        if coarse:
+            raise SettingError(
+                f"sharpness: parameters in {min(map(str, coarse))} are too coarse to measure curvature; keep "
+                "them in float32 (precision='amp_bf16' does)"
+            )
+        if not self.batches:
+            raise SettingError("sharpness: there is no batch to measure on; give a loader that has some")
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in this process."""
+        return sum(count for _, count in self.batches)
+
+    def like(self, vector: Tensor) -> list[Tensor]:
+        """View a flat vector as the parameters, each in its dtype."""
+        return [v.to(p.dtype) for v, p in zip(unflatten(vector, self.params), self.params, strict=True)]
+
+    def loss(self) -> float:
+        """Return the loss."""
+        with torch.no_grad():
+            return self._mean(lambda batch: self._loss(batch).double().reshape(1)).item()
+
+    def gradient(self) -> Tensor:
+        """Return the gradient, of shape [size].
+
+        Raises:
+            Unfinished: it is not finite.
+        """
+        return _finite(self._mean(self._gradient))
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Return the Hessian times a vector, both of shape [size], by reverse-over-reverse differentiation.
+
+        Raises:
+            SettingError: an operation of the model has no second derivative.
+            Unfinished: it is not finite.
+        """
+        vectors = self.like(vector)
+        return _finite(self._mean(lambda batch: self._product(batch, vectors)))
+
+    def groups(self, m: int) -> list["Objective"]:
+        """Divide this process's samples, in their order, into groups of m; those left over are in none.
+
+        Args:
+            m: samples in a group, >= 1.
+        """
+        groups: list[list[tuple[Any, int]]] = [[]]
+        room = m
+        for batch, count in self.batches:
+            start = 0
+            while start < count:
+                taken = min(room, count - start)
+                groups[-1].append((select(batch, slice(start, start + taken), count), taken))
+                start, room = start + taken, room - taken
+                if not room:
+                    groups.append([])
+                    room = m
+        params = dict(zip(self.names, self.params, strict=True))
+        return [Objective(params, self.loss_of, group, shared=False) for group in groups[:-1]]
+
+    def _loss(self, batch: Any) -> Tensor:
+        torch.default_generator.manual_seed(_SEED)
+        for device in {p.device for p in self.params if p.device.type == "cuda"}:
+            torch.cuda.default_generators[device.index].manual_seed(_SEED)
+        return self.loss_of(batch)
+
+    def _gradient(self, batch: Any) -> Tensor:
+        with torch.enable_grad(), without_hooks(self.params):
+            grads = torch.autograd.grad(self._loss(batch), self.params, allow_unused=True)
+        return flatten(grads, like=self.params)
+
+    def _product(self, batch: Any, vectors: Sequence[Tensor]) -> Tensor:
+        try:
+            with torch.enable_grad(), without_hooks(self.params):
+                grads = differentiable_gradients(self._loss(batch), self.params)
+                products = hessian_product(grads, self.params, vectors)
+        except NoSecondDerivative as error:
+            raise SettingError(
+                f"sharpness: the Hessian needs a second derivative, and {error.operation} has none; put "
+                f"another kernel in place of {error.operation}, or leave the Hessian out: Measures("
+                "eigenvalues=0, trace_samples=0) and no spectrum"
+            ) from error
+        return flatten(products, like=self.params)
+
+    def _mean(self, of: Callable[[Any], Tensor]) -> Tensor:
+        """Average over all samples of all ranks, in one collective."""
+        self.tick()
+        total: Tensor | None = None
+        for batch, count in self.batches:
+            term = of(batch) * count
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        total = torch.cat([total, total.new_tensor([self.samples])])
+        if self.shared and several():
+            dist.all_reduce(total)
+        return total[:-1] / total[-1]
+
+
+def objective_of(
+    model: nn.Module,
+    batches: Sequence[tuple[Any, int]],
+    tick: Callable[[], None] = lambda: None,
+) -> Objective:
+    """Make the objective of a `ComposerModel`: its own loss, `model.loss(model(batch), batch)`.
+
+    Args:
+        model: the Trainer's model, wrapped for data-parallel training or not.
+        batches: each with its number of samples.
+        tick: see `Objective`.
+    """
+    from composer_sassha.algorithms.lazy_hessian import _total
+
+    inner = plain(model)
+    return Objective(
+        dict(inner.named_parameters()),
+        lambda batch: _total(inner.loss(inner(batch), batch)),
+        batches,
+        tick=tick,
+    )
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[None]:
+    """Put a model in evaluation mode, in full precision, and everything back when the block ends.
+
+    That is the modes of all modules, the buffers, the random number generators (of Python, NumPy, PyTorch,
+    and the GPUs in use) and the precision of matrix products, also after an exception. Attention runs as
+    plain products and a compiled model as it was written, since other kernels have no second derivative.
+
+    Args:
+        model: also one that is wrapped for data-parallel training, or compiled.
+        batch_statistics: BatchNorm normalizes by the mean and variance of each batch, as in training,
+            instead of the running ones; those are left as they are. Default: False.
+    """
+    model = plain(model)
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    devices = {p.device for p in model.parameters()}
+    before = Snapshot(model, devices)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for kind in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if any(device.type == "cuda" for device in devices):
+            stack.enter_context(_without_tf32())
+        try:
+            model.eval()
+            for norm in norms if batch_statistics else ():
+                # Without tracking, the running values are neither used nor updated.
+                norm.training, norm.track_running_stats = True, False
+            yield
+        finally:
+            for norm, tracks in zip(norms, tracking, strict=True):
+                norm.track_running_stats = tracks
+            for module, training in modes:
+                module.training = training
+            before.restore()
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Have GPUs multiply in float32: TF32 keeps ten bits, less than a Hessian-vector product needs."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    allowed = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, allowed, strict=True):
+            backend.allow_tf32 = value
+
+
+def _finite(vector: Tensor) -> Tensor:
+    if not torch.isfinite(vector).all():
+        raise Unfinished("not finite")
+    return vector
+
+
+def wide_like(objective: Objective) -> Tensor:
+    """An empty vector of the dtype and on the device of an objective's."""
+    return torch.empty(0, dtype=wide_dtype(objective.params), device=objective.params[0].device)

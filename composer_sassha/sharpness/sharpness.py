@@ -1,0 +1,218 @@
+"""How much the loss rises around the weights: in the worst direction, for groups of samples, on average."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from composer_sassha import _validate
+from composer_sassha._random import generator
+from composer_sassha._ranks import several
+from composer_sassha._tensors import copy_into, copy_of, global_norm, restored
+from composer_sassha.perturbations import ASAMPerturbation, Perturbation, Point, SAMPerturbation
+from composer_sassha.sharpness.hessian import Estimate, estimate
+from composer_sassha.sharpness.objective import Objective, Unfinished
+
+
+def rise(objective: Objective, perturbation: Perturbation) -> float:
+    """Return `L(w + e) - L(w)`, e the displacement of a method that ascends once, such as SAM's.
+
+    For SAM it is GSAM's surrogate gap h (Zhuang et al. 2022, section 3): at a minimum, `2 h / rho^2` lies
+    between the smallest and the largest eigenvalue of the Hessian, up to terms of third order.
+
+    Args:
+        objective: the loss L at the weights w, which are put back.
+        perturbation: displaces along the gradient.
+
+    Raises:
+        Unfinished: the gradient is not finite, or the time is over.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+        >>> objective = Objective({"w": w}, lambda x: (x * w).sum(), [(torch.tensor([3.0, 4.0]), 1)])
+        >>> round(rise(objective, SAMPerturbation(rho=0.5)), 6)
+        2.5
+    """
+    before, grads = objective.loss(), objective.like(objective.gradient())
+    with restored(objective.params), torch.no_grad():
+        perturbation.displace(Point(objective.params, grads, names=objective.names))
+        return objective.loss() - before
+
+
+def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> float:
+    """Return SAM's sharpness, the largest `L(w + e) - L(w)` with `||e|| <= rho` (Foret et al. 2021, eq. 1).
+
+    The maximum is not known: what is returned is a lower bound of it, the highest of the points visited by
+    an ascent that starts with SAM's own `e = rho * g / ||g||` (equation 2). Every further step adds
+    `rho * g(w + e) / ||g(w + e)||` to e, and shortens the sum to rho.
+
+    Args:
+        objective: the loss L at the weights w, which are put back.
+        rho: radius of the neighbourhood, > 0. Default: 0.05.
+        steps: of the ascent, >= 1; each takes a gradient and a loss. Default: 1.
+
+    Raises:
+        Unfinished: a gradient is not finite, or the time is over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.1]))
+        >>> objective = Objective({"w": w}, lambda x: (x * w**2).sum() / 2, [(torch.tensor([1.0, 8.0]), 1)])
+        >>> round(sam_sharpness(objective, 1.0), 3), round(sam_sharpness(objective, 1.0, steps=20), 3)
+        (3.146, 4.864)
+    """
+    positive("rho", rho)
+    _validate.integer("sharpness", "ascent_steps", steps, low=1)
+    perturbation, params = SAMPerturbation(rho), objective.params
+    with restored(params), torch.no_grad():
+        weights = copy_of(params)
+        before, highest = objective.loss(), -math.inf
+        for _ in range(steps):
+            point = Point(params, objective.like(objective.gradient()))
+            perturbation.displace(point)
+            _project(params, weights, rho)
+            highest = max(highest, objective.loss() - before)
+    return highest
+
+
+def _project(params: Sequence[Tensor], centre: Sequence[Tensor], rho: float) -> None:
+    """Move the weights onto the ball of radius rho around the centre if they are outside of it."""
+    away = list(torch._foreach_sub(list(params), list(centre)))
+    length = global_norm(away)
+    # What one step from the centre has made longer by rounding alone is left as it is.
+    if length > rho * (1 + 1e-6):
+        copy_into(params, centre)
+        torch._foreach_add_(list(params), away, alpha=rho / length)
+
+
+def asam_sharpness(objective: Objective, rho: float = 0.5, eta: float = 0.01) -> float:
+    """Return adaptive sharpness: the largest `L(w + e) - L(w)` with `||e / T|| <= rho` (Kwon et al. 2021).
+
+    T is as in `ASAMPerturbation`. As in `sam_sharpness` the one step of the method's own ascent gives a
+    lower bound of the maximum.
+
+    Args:
+        objective: the loss L at the weights w, which are put back.
+        rho: radius of the neighbourhood, > 0. Default: 0.5.
+        eta: keeps small weights from standing still, >= 0. Default: 0.01.
+
+    Raises:
+        Unfinished: the gradient is not finite, or the time is over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
+        >>> objective = Objective({"weight": w}, lambda x: (x * w).sum(), [(torch.tensor([1.0, 4.0]), 1)])
+        >>> round(asam_sharpness(objective, rho=0.5, eta=0.0), 6)  # rho * ||T g||
+        2.5
+    """
+    positive("asam_rho", rho)
+    return rise(objective, ASAMPerturbation(rho, eta))
+
+
+def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1) -> float:
+    """Return m-sharpness: the mean of SAM's sharpness over disjoint groups of m samples each.
+
+    (Foret et al. 2021, section 4.1.) Every group has its own loss and its own ascent. As that is a lower
+    bound of the group's maximum (see `sam_sharpness`), so is the mean. Groups are taken in the order of the
+    samples; those that are left over at the end, fewer than m, are in none. Each rank has groups of its own.
+
+    Args:
+        objective: the samples and the weights, which are put back.
+        m: samples in a group, >= 1.
+        rho: radius of the neighbourhood, > 0. Default: 0.05.
+        steps: of each ascent, >= 1. Default: 1.
+
+    Raises:
+        Unfinished: there are fewer than m samples on every rank, a gradient is not finite, or the time is
+            over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> batch = torch.tensor([[1.0], [-1.0], [3.0], [1.0]])
+        >>> objective = Objective({"w": w}, lambda x: (x @ w).mean(), [(batch, 4)])
+        >>> [round(m_sharpness(objective, m, rho=0.1), 6) for m in (1, 2, 4)]
+        [0.15, 0.1, 0.1]
+    """
+    _validate.integer("sharpness", "m", m, low=1)
+    groups = objective.groups(m)
+    device = objective.params[0].device
+    most = torch.tensor([len(groups)], device=device)
+    if objective.shared and several():
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    found = torch.zeros(2, dtype=torch.float64, device=device)
+    for i in range(int(most)):  # the same number of ticks on every rank
+        objective.tick()
+        if i < len(groups):
+            found += found.new_tensor([_or_nan(groups[i], rho, steps), 1.0])
+    if objective.shared and several():
+        dist.all_reduce(found)
+    total, count = found.tolist()
+    if not count or not math.isfinite(total):
+        raise Unfinished(f"no groups of {m} samples, or a gradient that is not finite")
+    return total / count
+
+
+def _or_nan(group: Objective, rho: float, steps: int) -> float:
+    """A group's sharpness: a rank does not stop alone, as the others would wait for it."""
+    try:
+        return sam_sharpness(group, rho, steps)
+    except Unfinished:
+        return math.nan
+
+
+def average_sharpness(
+    objective: Objective, rho: float = 0.05, directions: int = 10, seed: int = 0
+) -> Estimate:
+    """Return the mean of `L(w + rho * z / ||z||) - L(w)` over random directions, z Gaussian.
+
+    (As SASSHA's paper measures it: Shin et al. 2025, arXiv 2502.18153.) To second order it is
+    `rho^2 / 2 * trace(H) / size`. Every direction is taken with its opposite, which has the same mean and
+    cancels what the gradient does, the larger part of the spread.
+
+    Args:
+        objective: the loss L at the weights w, which are put back.
+        rho: length of the displacement, > 0. Default: 0.05.
+        directions: how many, >= 2; two losses each. Default: 10.
+        seed: of the directions. Default: 0.
+
+    Raises:
+        Unfinished: the time is over.
+        TypeError, ValueError: an argument that is not allowed.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> objective = Objective({"w": w}, lambda x: (w**2).sum(), [(None, 1)])
+        >>> round(average_sharpness(objective, rho=0.5, directions=3).mean, 6)
+        0.25
+    """
+    positive("rho", rho)
+    _validate.integer("sharpness", "directions", directions, low=2)
+    before, found = objective.loss(), []
+    for direction in range(directions):
+        z = random_vector(objective, (seed, direction))
+        e = objective.like(z * (rho / torch.linalg.vector_norm(z)))
+        with restored(objective.params), torch.no_grad():
+            weights, rises = copy_of(objective.params), []
+            for sign in (1, -1):
+                copy_into(objective.params, weights)
+                torch._foreach_add_(objective.params, e, alpha=sign)
+                rises.append(objective.loss() - before)
+        found.append(sum(rises) / 2)
+    return estimate(found)
+
+
+def random_vector(objective: Objective, key: Sequence[int]) -> Tensor:
+    """Draw a Gaussian vector over the parameters, [size]; a key of integers determines it."""
+    first = objective.params[0]
+    draws = torch.randn(objective.size, generator=generator(key, torch.device("cpu")), dtype=torch.float64)
+    return draws.to(first.device, torch.promote_types(first.dtype, torch.float32))
+
+
+def positive(name: str, value: float) -> None:
+    _validate.number("sharpness", name, value, low=0)
+    if value == 0:
+        raise ValueError(f"sharpness: {name}=0 is not allowed; it must be a number > 0")

@@ -1,0 +1,124 @@
+"""What each of two ranks does. Started by test_monitor.py."""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from composer_sassha import SharpnessMonitor
+from composer_sassha.algorithms._batches import plain
+from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
+from composer_sassha.sharpness.measure import Deadline
+from tests.distributed.launch import run_checks
+from tests.helpers import assert_same, everything, images, method_trainer, network
+from tests.methods import NAMED
+
+MEASURES = Measures(eigenvalues=3, tol=1e-9, trace_samples=3, m=(2, 4), directions=3)
+
+
+def shares(model, dtype=torch.float64):
+    """All samples, and those of this rank: 8 of 20, and 12."""
+    x, y = (t.to(dtype) if t.is_floating_point() else t for t in images(20).tensors)
+    mine = slice(0, 8) if dist.get_global_rank() == 0 else slice(8, 20)
+    return [((x, y), 20)], [((x[mine], y[mine]), len(y[mine]))]
+
+
+def all_ranks_together_are_one_process() -> None:
+    """With shares of different sizes; m-sharpness has the same groups, as 2 and 4 divide both shares."""
+    model = network().double()
+    everyone, mine = shares(model)
+    with undisturbed(model):
+        whole = objective_of(model, everyone)
+        whole.shared = False
+        exact, density = measure(whole, MEASURES), spectrum(whole, 6, 2)
+        shared = objective_of(model, mine)
+        found, shared_density = measure(shared, MEASURES), spectrum(shared, 6, 2)
+    assert exact.keys() == found.keys() and "lambda_3" in found
+    for name, value in exact.items():
+        assert found[name] == pytest.approx(value, rel=1e-8), name
+    assert shared_density.eigenvalues == pytest.approx(density.eigenvalues, rel=1e-6, abs=1e-9)
+    first, second = dist.all_gather_object(found)
+    assert first == second
+
+
+def the_time_of_one_rank_is_that_of_both() -> None:
+    """The clock of rank 1 alone runs out, in the middle."""
+    model = network().double()
+    _, mine = shares(model)
+    answers = []
+    for allowed in (0, 3, 9, 17, 40):
+        deadline, clock = Deadline(1e6, torch.device("cpu")), 0
+        if dist.get_global_rank() == 1:
+
+            def ticking(deadline=deadline, allowed=allowed):
+                nonlocal clock
+                clock += 1
+                deadline._end = 0 if clock > allowed else time.monotonic() + 1e6
+                deadline()
+
+            tick = ticking
+        else:
+            tick = deadline
+        with undisturbed(model):
+            answers.append(sorted(measure(objective_of(model, mine, tick), MEASURES)))
+    first, second = dist.all_gather_object(answers)
+    assert first == second and first[0] == [] and len({len(names) for names in first}) >= 4
+
+
+def a_run_with_the_monitor_is_equal_to_one_without() -> None:
+    ends, log = [], InMemoryLogger()
+    data = images(20)
+    for callbacks in ([], [SharpnessMonitor("3ba", measures=Measures(m=(2,)))]):
+        done = method_trainer(
+            NAMED["sassha"],
+            dataset=images(80),
+            eval_dataloader=DataLoader(data, batch_size=10, sampler=dist.get_sampler(data)),
+            callbacks=callbacks,
+            loggers=log,
+            max_duration="1ep",
+        )
+        done.fit()
+        ends.append(everything(done))
+        done.close()
+    assert_same(*ends)
+    values = [value for _, value in log.data["sharpness/lambda_max"]]
+    assert len(values) == 2
+    for other in dist.all_gather_object(values):
+        assert other == values
+    # Each rank has statistics of its own; what is measured are rank 0's, as in an evaluation.
+    model = plain(done.state.model)
+    mean = model.get_buffer("module.1.running_mean")
+    first, second = dist.all_gather_object(mean.clone())
+    assert not torch.equal(first, second)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+    with undisturbed(model):
+        whole = objective_of(model, [(data.tensors, 20)])
+        whole.shared = False
+        assert log.data["sharpness/loss"][-1][1] == pytest.approx(whole.loss(), rel=1e-5)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        all_ranks_together_are_one_process,
+        the_time_of_one_rank_is_that_of_both,
+        a_run_with_the_monitor_is_equal_to_one_without,
+    )
+}
+
+
+def main(out: Path) -> None:
+    warnings.simplefilter("ignore")
+    dist.initialize_dist("cpu")
+    run_checks(CHECKS, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
