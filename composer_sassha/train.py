@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code not in (130, 143):
             raise
         if first:
-            print("interrupted; the same command continues the run from its last checkpoint", file=sys.stderr)
+            print(
+                "interrupted; the same command continues the run from its last checkpoint, if it has one",
+                file=sys.stderr,
+            )
         return int(code)
     return 0
 

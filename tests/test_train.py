@@ -268,7 +268,7 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(
         process.send_signal(sent)
         _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert err == "interrupted; the same command continues the run from its last checkpoint\n"
+    assert err == "interrupted; the same command continues the run from its last checkpoint, if it has one\n"
 
 
 def unfinished(folder: Path) -> Path:

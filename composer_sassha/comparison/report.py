@@ -84,7 +84,8 @@ class Report:
         columns |= dict(list(means.items())[:1])  # what is published is the first of them
         if any(row.reported is not None for row in self.rows):
             unit = ", %" if self.metrics and self.metrics[0].percent else ""
-            columns[f"published{unit}"] = [_or_nothing(row.reported, ".2f") for row in self.rows]
+            digits = self.metrics[0].digits if self.metrics else 2
+            columns[f"published{unit}"] = [_or_nothing(row.reported, f".{digits}f") for row in self.rows]
         columns |= means
         columns[f"p (against {self.winner.method})" if self.winner else "p"] = [self._p(r) for r in self.rows]
         columns["training, s"] = [_median(row, "seconds", 1) for row in self.rows]

@@ -1,6 +1,7 @@
 """Files of the Hugging Face hub: by name where there is a network, from a folder where there is none."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +15,14 @@ def fetched(load: Callable[[], T], what: str, remedy: str) -> T:
     Args:
         load: without arguments.
         what: is loaded, as the recipe's setting.
-        remedy: what to do where there is a network.
+        remedy: what to do.
 
     Raises:
         ValueError: it cannot be loaded; the message, of one line, has the reason and the remedy.
 
     >>> fetched(lambda: 1 / 0, "root=x", "fetch it")
     Traceback (most recent call last):
-    ValueError: root=x: cannot be loaded (division by zero); where there is a network, fetch it
+    ValueError: root=x: cannot be loaded (division by zero); fetch it
     """
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
@@ -31,10 +32,8 @@ def fetched(load: Callable[[], T], what: str, remedy: str) -> T:
     except (
         Exception
     ) as error:  # of many kinds: no network, no such name, half a file, weights of another shape
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{what}: cannot be loaded ({reason}); where there is a network, {remedy}"
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: cannot be loaded ({reason}); {remedy}") from error
     finally:
         hub.setLevel(level)
 
@@ -51,9 +50,13 @@ def pretrained(from_pretrained: Callable[..., T], setting: str, name: str, **set
     Raises:
         ValueError: it cannot be loaded; the message says how to get it.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # which leaves a home that nobody has as it is
+    if folder.is_dir():
+        remedy = "the folder has to hold what save_pretrained writes, of a model like the recipe's"
+        return fetched(lambda: from_pretrained(str(folder), **settings), f"{setting}={name}", remedy)
+    download = f"`huggingface-cli download {name} --local-dir FOLDER` fetches it for {setting}=FOLDER"
     return fetched(
-        lambda: from_pretrained(str(folder) if folder.is_dir() else name, **settings),
+        lambda: from_pretrained(name, **settings),
         f"{setting}={name}",
-        f"`huggingface-cli download {name} --local-dir FOLDER` fetches it for {setting}=FOLDER",
+        f"where there is a network, {download}",
     )

@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +120,8 @@ def _build(recipe: Recipe) -> _Parts:
             model.eval().loss(model(batch), batch)
     except (RuntimeError, IndexError, ValueError) as error:
         raise ConfigError(f"model: it does not fit the data: {error}") from error
+    if isinstance(batch, Mapping) and "label_smoothing" in recipe.algorithms:  # which looks for batch[1]
+        raise ConfigError("algorithms.label_smoothing: is not for texts; set algorithms.label_smoothing=null")
     return _Parts(model.train(), optimizer, algorithms, scheduler, train, heldout)
 
 

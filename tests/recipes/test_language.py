@@ -209,6 +209,9 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             splits = {
                 name: datasets.Dataset.from_dict(sentences(task, *part)) for name, part in parts.items()
             }
+            if names := TASKS[task].labels:
+                kind = datasets.ClassLabel(names=list(names))
+                splits = {name: split.cast_column("label", kind) for name, split in splits.items()}
             datasets.DatasetDict(splits).save_to_disk(str(root / task))
         return root / task
 
@@ -466,19 +469,30 @@ def test_a_text_shorter_than_a_window_has_none() -> None:
         (
             "glue_rte",
             ["data.tokenizer={nothing}"],
-            ["data: tokenizer=", "cannot be loaded", "huggingface-cli"],
+            ["data: tokenizer=", "cannot be loaded", "save_pretrained"],
         ),
         (
             "glue_rte",
             ["model.pretrained={nothing}"],
-            ["model: pretrained=", "cannot be loaded", "pretrained=FOLDER"],
+            ["model: pretrained=", "cannot be loaded", "save_pretrained"],
         ),
         (
             "glue_rte",
             ["model.pretrained={half}"],
-            ["model: pretrained=", "cannot be loaded", "pretrained=FOLDER"],
+            ["model: pretrained=", "cannot be loaded", "save_pretrained"],
         ),
-        ("glue_rte", ["model.pretrained=/no/such"], ["model: pretrained=/no/such", "cannot be loaded"]),
+        (
+            "glue_rte",
+            ["model.pretrained=/no/such"],
+            ["model: pretrained=/no/such", "huggingface-cli", "pretrained=FOLDER"],
+        ),
+        ("glue_rte", ["model.pretrained=~nobody/x"], ["model: pretrained=~nobody/x", "cannot be loaded"]),
+        ("gpt_text", ["data.root=~nobody/x"], ["data: root=~nobody/x"]),
+        ("gpt_text", ["data.root={empty}", "data.tokens=bytes"], ["empty: has 0 tokens"]),
+        ("gpt_text", ["algorithms.label_smoothing.smoothing=0.1"], ["algorithms.label_smoothing", "=null"]),
+        ("glue_rte", ["data.root={mrpc}"], ["not those of task=rte (entailment, not_entailment)"]),
+        ("glue_rte", ["data.root={stsb}"], ["not those of task=rte"]),
+        ("glue_stsb", ["data.root={mrpc}"], ["not those of task=stsb (numbers)"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else None,
 )
@@ -489,15 +503,19 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     small: Callable[..., Recipe],
     encoder: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 500)
     (tmp_path / "short").write_text("to be or not to be that is the question of a life."[:50])
+    (tmp_path / "empty").touch()
     (tmp_path / "nothing").mkdir()
     (tmp_path / "half").mkdir()
     for file in encoder.iterdir():
         content = file.read_bytes()
         (tmp_path / "half" / file.name).write_bytes(content[:99] if "safetensors" in file.name else content)
-    paths = {key: str(tmp_path / key) for key in ("binary", "short", "nothing", "half")}
+    paths = {key: str(tmp_path / key) for key in ("binary", "short", "empty", "nothing", "half")}
+    for task in ("mrpc", "stsb") if name.startswith("glue") else ():
+        paths[task] = str(request.getfixturevalue("glue")(task))
     before = {*tmp_path.rglob("*")}
     with pytest.raises(ConfigError) as refused:
         run(small(name, "adamw", *(override.format(**paths) for override in overrides)))

@@ -20,26 +20,33 @@ class Task(NamedTuple):
 
     Args:
         columns: with the sentences.
-        outputs: classes, or 1 for a regression.
+        labels: the names of the classes, in their order; none for a regression.
         metrics: that the benchmark scores it by.
         heldout: the part whose labels are published.
     """
 
     columns: tuple[str, ...]
-    outputs: int = 2
+    labels: tuple[str, ...] = ("entailment", "not_entailment")
     metrics: tuple[str, ...] = ("MulticlassAccuracy",)
     heldout: str = "validation"
+
+    @property
+    def outputs(self) -> int:
+        """Of a model: one for each class, or one for a regression."""
+        return len(self.labels) or 1
 
 
 _ACCURACY_F1 = ("MulticlassAccuracy", "BinaryF1Score")
 TASKS = {
     "rte": Task(("sentence1", "sentence2")),
-    "mrpc": Task(("sentence1", "sentence2"), metrics=_ACCURACY_F1),
-    "stsb": Task(("sentence1", "sentence2"), outputs=1, metrics=("PearsonCorrCoef", "SpearmanCorrCoef")),
-    "sst2": Task(("sentence",)),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), _ACCURACY_F1),
+    "stsb": Task(("sentence1", "sentence2"), (), ("PearsonCorrCoef", "SpearmanCorrCoef")),
+    "sst2": Task(("sentence",), ("negative", "positive")),
     "qnli": Task(("question", "sentence")),
-    "qqp": Task(("question1", "question2"), metrics=_ACCURACY_F1),
-    "mnli": Task(("premise", "hypothesis"), outputs=3, heldout="validation_matched"),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), _ACCURACY_F1),
+    "mnli": Task(
+        ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), heldout="validation_matched"
+    ),
 }
 
 
@@ -106,7 +113,7 @@ class GLUE:
         splits = fetched(
             load,
             f"task={self.task}, root={self.root}",
-            f'`python -c "import datasets; {remedy}"` fetches it for root=FOLDER',
+            f'where there is a network, `python -c "import datasets; {remedy}"` fetches it for root=FOLDER',
         )
         task = TASKS[self.task]
         for name in ("train", task.heldout):
@@ -118,7 +125,19 @@ class GLUE:
                     f"root={self.root}: has no split {name} with {', '.join(sorted(columns))}, "
                     f"which task={self.task} consists of"
                 )
+            if not _fits(splits[name].features["label"], task):
+                raise ValueError(
+                    f"root={self.root}: its labels are not those of task={self.task} "
+                    f"({', '.join(task.labels) or 'numbers'}); give the folder of that task"
+                )
         return splits
+
+
+def _fits(label: Any, task: Task) -> bool:
+    """Whether a column of labels can be this task's: several tasks have the same columns of sentences."""
+    if names := getattr(label, "names", None):
+        return tuple(names) == task.labels
+    return str(label.dtype).startswith("int" if task.labels else "float")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from composer import Evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from composer_sassha.recipes.data.loading import eval_loader, rank_share, train_loader
+from composer_sassha.recipes.data.loading import data_root, eval_loader, rank_share, train_loader
 from composer_sassha.recipes.schema import at_least, checked, one_of
 
 _GET = (
@@ -25,7 +25,8 @@ class Text:
     """A text file in windows: each predicts, for every one of its tokens, the one that follows.
 
     The last tenth of the file is the held-out part, `validation`. Windows lie one after the other, and in an
-    epoch every token is predicted once; those that do not fill a window at the end of a part are left out.
+    epoch every token is predicted once, but for those that fill no window at the end of a part, and windows
+    that fill no batch at the end of an epoch.
 
     Args:
         root: the file.
@@ -42,7 +43,8 @@ class Text:
 
     def model_settings(self) -> dict[str, Any]:
         """What the model has to be."""
-        return {"vocab_size": len(self.read()[1]), "context": self.context}
+        size = 256 if self.tokens == "bytes" else len(self.read()[1])
+        return {"vocab_size": size, "context": self.context}
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
         """A loader for training, and the evaluator of the last tenth.
@@ -66,11 +68,16 @@ class Text:
 
     def read(self) -> tuple[Tensor, list[int]]:
         """The tokens of the whole file, int64, and the vocabulary: the code points or bytes that they are."""
-        path = Path(self.root).expanduser()
+        return self._content
+
+    @cached_property
+    def _content(self) -> tuple[Tensor, list[int]]:
+        path = data_root(self.root)
         try:
             content = path.read_bytes()
             if self.tokens == "bytes":
-                return torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), list(range(256))
+                values = np.frombuffer(content, dtype=np.uint8).astype(np.int64)
+                return torch.from_numpy(values), list(range(256))
             points = np.frombuffer(content.decode().encode("utf-32-le"), dtype="<u4")
         except OSError as error:
             raise ValueError(f"root={self.root}: {error.strerror}; {_GET.format(self.root)}") from error

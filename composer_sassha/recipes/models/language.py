@@ -65,8 +65,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class TextClassifier:
     """An encoder of transformers with a classifier on top, by default SqueezeBERT (Iandola et al. 2020).
 
-    The classifier begins at random, and so does the part between it and the encoder that the pretrained file
-    does not have.
+    Parts that the pretrained files do not have begin at random, such as the classifier of an encoder. One
+    that they have, of a model that was fine-tuned before, is kept, and has to have as many outputs.
 
     Args:
         pretrained: a name on the Hugging Face hub, or a folder with what is there; None: SqueezeBERT's
