@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from composer_sassha.comparison.grid import Run
 from composer_sassha.recipes.metrics import Metric, metrics_of
@@ -116,6 +116,11 @@ def _scale(axes: Axes, metric: Metric, curves: dict[str, Curve]) -> None:
     values = [curve.values[metric.name] for curve in curves.values()]
     if metric.best is min:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < 10 * low:  # a range with one power of ten, or none
+            axes.yaxis.set_major_locator(MaxNLocator(6))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
         return
     # The first epochs would take most of the range, and say least.
     late = np.concatenate([v[:, int(_EARLY * v.shape[1]) :].ravel() for v in values])
