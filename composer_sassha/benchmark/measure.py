@@ -1,7 +1,7 @@
 """Measures the methods of a recipe on this machine: time, memory, the update, the work of a GPU."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,7 +14,7 @@ from composer_sassha.benchmark.device import launches
 from composer_sassha.benchmark.floor import Floor, Raw, has_floor
 from composer_sassha.benchmark.memory import peaks
 from composer_sassha.benchmark.recipes import batch_size, naming, with_batch_size
-from composer_sassha.benchmark.speed import Contestant, Spread, Times, race, spread
+from composer_sassha.benchmark.speed import Contestant, Spread, Times, race, ratio, spread
 from composer_sassha.benchmark.steps import Kind, Run, Timing, run_of
 from composer_sassha.benchmark.update import Update, copies
 from composer_sassha.recipes.config import Recipe
@@ -152,18 +152,19 @@ def _updates(
 def _memory(method: str, recipe: Recipe, device: str) -> dict[str, Any]:
     """The peaks of a method's kinds of steps, and what more microbatches add to a refresh."""
     with naming(method):
-        found = peaks(recipe, device)
-        refreshes = [kind for kind in found if kind.refreshes]
+        found, whole = peaks(recipe, device)
+        refresh = next((kind for kind in found if kind.refreshes), None)
         ratio, size = None, batch_size(recipe)
-        if refreshes and size % MICROBATCHES == 0:
+        # A part of the batch is not the same part of one microbatch and of several.
+        if refresh is not None and whole and size % MICROBATCHES == 0:
             share = size // MICROBATCHES
-            many = peaks(replace(recipe, device_train_microbatch_size=share), device)
-            one = peaks(replace(with_batch_size(recipe, share), device_train_microbatch_size=share), device)
-            ratio = many[refreshes[0]] / one[refreshes[0]]
-    ordinary = max((peak for kind, peak in found.items() if not kind.refreshes), default=None)
+            in_many = replace(recipe, device_train_microbatch_size=share)
+            many, _ = peaks(in_many, device)
+            one, _ = peaks(with_batch_size(in_many, share), device)
+            ratio = many[refresh] / one[refresh]
     return {
-        "ordinary": ordinary,
-        "refresh": max((found[kind] for kind in refreshes), default=None),
+        "ordinary": max((peak for kind, peak in found.items() if not kind.refreshes), default=None),
+        "refresh": max((peak for kind, peak in found.items() if kind.refreshes), default=None),
         "microbatches_over_one": ratio,
     }
 
@@ -171,19 +172,20 @@ def _memory(method: str, recipe: Recipe, device: str) -> dict[str, Any]:
 def _speed(method: str, times: Mapping[str, Times]) -> dict[str, Any]:
     own, floor, raw = times[method], times.get(method + _FLOOR), times.get(method + _RAW)
     return {
-        "milliseconds": _milliseconds(own),
+        "milliseconds": _milliseconds(own.steps),
         "kinds": [
             {
                 "kind": _named(kind),
                 "share": count / own.schedule.total(),
-                **_plain(spread([1e3 * t for t in own.kinds[kind]])),
+                "milliseconds": _milliseconds(own.kinds[kind]),
+                "over_floor": floor and _plain(ratio(own.kinds[kind], floor.kinds[kind])),
             }
             for kind, count in own.schedule.items()
         ],
         "over_sgd": _plain(own.over(times["sgd"])),
-        "floor_milliseconds": floor and _milliseconds(floor),
+        "floor_milliseconds": floor and _milliseconds(floor.steps),
         "over_floor": floor and _plain(own.over(floor)),
-        "raw_milliseconds": raw and _milliseconds(raw),
+        "raw_milliseconds": raw and _milliseconds(raw.steps),
         "floor_over_raw": floor and raw and _plain(floor.over(raw)),
     }
 
@@ -194,8 +196,8 @@ def _compared(memory: dict[str, Any], adamw: dict[str, Any], parameters: int) ->
     return {"memory": memory, "copies_beyond_adamw": beyond}
 
 
-def _milliseconds(times: Times) -> dict[str, Any]:
-    return _plain(spread([1e3 * t for t in times.steps]))
+def _milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
+    return _plain(spread([1e3 * t for t in seconds]))
 
 
 def _plain(found: Spread) -> dict[str, Any]:

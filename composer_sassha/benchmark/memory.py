@@ -4,7 +4,7 @@ import contextlib
 import gc
 from collections.abc import Hashable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -83,7 +83,14 @@ class Memory:
                     self.peaks[name] = max(self.peaks[name], now)
 
 
-def peaks(recipe: Recipe, device: str) -> dict[Kind, int]:
+class Peaks(NamedTuple):
+    """The most memory in each kind of step, in bytes, and whether a refresh estimates on the whole batch."""
+
+    kinds: dict[Kind, int]
+    whole: bool
+
+
+def peaks(recipe: Recipe, device: str) -> Peaks:
     """The peak of each kind of step: parameters, optimizer state, gradients, and all that a step adds.
 
     Args:
@@ -99,4 +106,5 @@ def peaks(recipe: Recipe, device: str) -> dict[Kind, int]:
                     run.take(kind)
         finally:
             run.close()
-    return memory.peaks
+    curvature = getattr(run.optimizer, "curvature", None)
+    return Peaks(memory.peaks, whole=curvature is None or curvature.batch_fraction == 1)

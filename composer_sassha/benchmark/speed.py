@@ -69,6 +69,15 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median(values), ordered[first], ordered[number - 1 - first], number)
 
 
+def ratio(times: Sequence[float], others: Sequence[float]) -> Spread:
+    """The ratio of two contestants' times, round by round.
+
+    >>> ratio([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]).median
+    3.0
+    """
+    return spread([a / b for a, b in zip(times, others, strict=True)])
+
+
 @dataclass
 class Times:
     """What one contestant's steps have taken, each kind by itself, one in every round.
@@ -90,7 +99,7 @@ class Times:
 
     def over(self, other: "Times") -> Spread:
         """The ratio of two contestants' steps, round by round."""
-        return spread([a / b for a, b in zip(self.steps, other.steps, strict=True)])
+        return ratio(self.steps, other.steps)
 
 
 def race(
