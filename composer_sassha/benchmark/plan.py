@@ -435,5 +435,6 @@ def _rows(
         if measured:
             true = measured[method] / measured[baseline]
             row += [f"{1e3 * measured[method]:.2f}", f"{true:.2f}", f"{ratio / true - 1:+.0%}"]
+        rows.append(row)
     titles += ["measured", relative, "off"] if measured else []
     yield from table(titles, rows)

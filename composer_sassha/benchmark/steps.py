@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -156,7 +157,9 @@ def run_of(recipe: Recipe, *, device: str | None = None, backward: bool = False)
     Raises:
         ConfigError, ValueError: the recipe cannot be built.
     """
-    parts = _build(replace(recipe, schedulers=None, schedules={}))  # they may refuse so short a training
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cannot split tensor of length")  # a batch may be small
+        parts = _build(replace(recipe, schedulers=None, schedules={}))  # they may refuse so short a training
     batch = next(iter(parts.train))
     return Run(
         recipe, parts.model, batch, parts.optimizer, parts.algorithms, device=device, backward=backward
