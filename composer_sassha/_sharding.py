@@ -37,10 +37,13 @@ def shards_of(params: Iterable[Tensor]) -> Shards | None:
     return Shards(mesh.get_group(dims[0]), mesh.get_local_rank(dims[0]))
 
 
-@torch.no_grad()
 def local(tensors: Iterable[Any]) -> list[Any]:
     """Return of each tensor the part that this rank holds, in the same memory; all else as it is."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    found = list(tensors)
+    if DTensor not in map(type, found):
+        return found
+    with torch.no_grad():
+        return [t.to_local() if isinstance(t, DTensor) else t for t in found]
 
 
 def is_sharded(model: nn.Module | None) -> bool:

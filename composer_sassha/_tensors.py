@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import torch
 import torch.distributed as dist
@@ -15,14 +15,11 @@ def copy_into(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
     One call over targets of several dtypes writes wrong values on CUDA (pytorch/pytorch issue 173383).
     """
-    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, tensor in zip(targets, tensors, strict=True):
-        into, given = by_dtype[target.dtype]
-        into.append(target)
-        given.append(tensor)
+    dtypes = [target.dtype for target in targets]
     with torch.no_grad():
-        for into, given in by_dtype.values():
-            torch._foreach_copy_(into, given)
+        for dtype in dict.fromkeys(dtypes):
+            chosen = [same == dtype for same in dtypes]
+            torch._foreach_copy_([*compress(targets, chosen)], [*compress(tensors, chosen)])
 
 
 def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -83,8 +80,10 @@ def global_norm(tensors: Sequence[Tensor], shards: dist.ProcessGroup | None = No
     """
     if not tensors:
         return 0.0
-    norms = torch._foreach_norm(list(tensors), 2, dtype=wide_dtype(tensors))
-    (norm,) = euclidean_norms([torch.stack([norm.to(norms[0].device) for norm in norms])], shards)
+    norms = list(torch._foreach_norm(list(tensors), 2, dtype=wide_dtype(tensors)))
+    if len({norm.device for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device) for norm in norms]
+    (norm,) = euclidean_norms([torch.stack(norms)], shards)
     return norm
 
 

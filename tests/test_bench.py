@@ -1,37 +1,37 @@
-"""The bench command: its mistakes, the equations of its predictions, and a plan from end to end."""
+"""The bench command: its mistakes, what it measures and predicts from end to end, and what it leaves."""
 
+import contextlib
+import io
+import json
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from composer.models import ComposerClassifier
-from torch import nn
+from PIL import Image
 
-from composer_sassha import GSAM, MSAM, SAM, LazyHessian, LookSAM, MSassha, Sassha
-from composer_sassha.bench import (
-    Collective,
-    Kind,
-    Link,
-    Stopwatch,
-    Timing,
-    exposed,
-    main,
-    predict,
-    schedule,
-    traffic,
-)
+from composer_sassha.bench import main
 from composer_sassha.train import main as train
-from tests.helpers import network, trainer
-from tests.methods import sassha, sgd
 
 MISTAKES = [
     # arguments, and what the line on standard error must contain
-    ([], ["nothing to do", "--plan"]),
+    (["--ranks", "8"], ["--ranks=8", "--plan"]),
+    (["--link", "1GB/s"], ["--link=1GB/s", "--plan"]),
+    (["--plan", "--out", "there"], ["--out=there", "--plan"]),
+    (["--plan", "--device", "cpu"], ["--device=cpu", "--plan"]),
+    (["--device", "tpu"], ["--device", "'tpu'", "cpu", "gpu"]),
+    (["--device", "gpu"], ["--device=gpu", "none that PyTorch finds"]),
+    (["--images", "32x32"], ["--images=32x32", "channels x height x width", "3x32x32"]),
+    (["--images", "0x8x8"], ["--images=0x8x8", "3x32x32"]),
+    (["--images", "3x8x8", "model.in_channels=1"], ["method sgd", "model:", "does not fit the data"]),
+    (["--steps", "none"], ["--steps=none", "whole number"]),
+    (["--out", __file__], ["--out=", "is a file"]),
+    (["sasha:optimizer.lr=1"], ["sasha:optimizer.lr=1", "'sasha'", "did you mean sassha?"]),
+    (["sassha:optimizer.lr=one"], ["optimizer.lr", "one"]),
+    (["precision=amp_bf16"], ["precision=amp_bf16", "needs a GPU"]),
+    (["sgd:algorithms.sam.rho=0.1"], ["methods.sgd", "no algorithms"]),
     (
         ["--plan", "--methods", "sam,sasha"],
         ["--methods", "'sasha'", "did you mean sassha?", "there are: sgd"],
@@ -65,12 +65,16 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "parts"), MISTAKES)
 def test_a_mistake_is_one_line(
-    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--device=gpu" in parts:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert all(part in err for part in parts), err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_only_the_first_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main([]) == 2
+    assert main(["--steps", "0"]) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -119,152 +123,62 @@ def test_ranks_that_are_started_and_asked_for_must_agree(
     assert "--latency=1us" in capsys.readouterr().err
 
 
-# The equations
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[str, Path]:
+    """What the command prints about SASSHA on a very small network, and where it writes."""
+    out = tmp_path_factory.mktemp("measured") / "here"
+    arguments = ["--methods", "sassha", "--steps", "2", "--images", "1x8x8", "--device", "cpu"]
+    arguments += ["sassha:algorithms.sassha.hessian_interval=5", "model.width=2", "data.batch_size=8"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*arguments, "--out", str(out)]) == 0
+    return printed.getvalue(), out
 
 
-def test_an_all_reduce_takes_the_shorter_of_the_two_ways() -> None:
-    link = Link(bandwidth=100.0, latency=0.5)
-    assert link.seconds(400, ranks=1) == 0
-    assert link.seconds(400, ranks=2) == 2 * (0.5 + 2)
-    assert link.seconds(400, ranks=4) == 6 * (0.5 + 1)  # around a ring: 2 * 2 * (0.5 + 4) through a tree
-    assert link.seconds(4, ranks=4) == pytest.approx(4 * (0.5 + 0.04))  # 6 * (0.5 + 0.01) around a ring
+def test_the_measurement_prints_a_table_and_what_not_to_read_into_it(measured: tuple[str, Path]) -> None:
+    out, folder = measured
+    lines = out.splitlines()
+    assert re.match(r"digits, batch size 8, fp32, cpu \(.*\), [\d,]+ parameters, 1 threads", lines[0])
+    assert re.split(r"\s{2,}", lines[1])[:4] == ["method", "ms/step", "/ SGD", "/ floor"]
+    assert [line.split()[0] for line in lines[2:5]] == ["sgd", "adamw", "sassha"]
+    assert "in processor time" in out  # one thread
+    assert any(line.startswith("warning: sassha: ") and "--steps" in line for line in lines)  # two rounds
+    assert lines[-1] == f"written: {folder / 'bench.json'}, {folder / 'bench.png'}"
 
 
-@pytest.mark.parametrize(
-    ("buckets", "backward", "expected"),
-    [
-        ([600], 0.0, 6.0),
-        ([600], 60.0, 6.0),  # it is full only when the backward pass has ended
-        ([100, 200, 300], 0.0, 6.0),
-        ([100, 200, 300], 1.0, 6.0 + 1 / 6 - 1),  # all of it waits for the first bucket
-        ([100, 200, 300], 6.0, 3.0),  # full at 1, 3 and 6, sent by 2, 5 and 9
-        ([100, 200, 300], 600.0, 3.0),  # the last is sent when it has ended
-        ([300, 200, 100], 6.0, 3.0),  # full at 3, 5 and 6, sent by 6, 8 and 9
-    ],
-)
-def test_buckets_travel_one_after_another_as_they_fill(
-    buckets: list[int], backward: float, expected: float
+def test_the_measurement_leaves_its_numbers_and_a_chart(measured: tuple[str, Path]) -> None:
+    _, folder = measured
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.png"]
+    results = json.loads((folder / "bench.json").read_text())
+    assert results["rounds"] == 2 and results["clock"] == "processor" and results["batch_size"] == 8
+    methods = results["methods"]
+    assert [*methods] == ["sgd", "adamw", "sassha"]
+    sassha = methods["sassha"]
+    assert [(kind["kind"], kind["share"]) for kind in sassha["kinds"]] == [
+        ("perturbs and refreshes", 0.2),
+        ("perturbs", 0.8),
+    ]
+    for found in (sassha["milliseconds"], sassha["over_sgd"], sassha["over_floor"], sassha["floor_over_raw"]):
+        assert (
+            0 < found["low"] <= found["median"] <= found["high"] and found["number"] == 2 and found["vague"]
+        )
+    for method in ("sgd", "adamw"):
+        assert methods[method]["over_floor"] is None and methods[method]["memory"]["refresh"] is None
+    assert (
+        methods["adamw"]["update_over_adamw"]["median"] == 1 and methods["adamw"]["copies_beyond_adamw"] == 0
+    )
+    assert methods["sgd"]["over_sgd"]["median"] == 1
+    assert sassha["memory"]["refresh"] > sassha["memory"]["ordinary"] > methods["adamw"]["memory"]["ordinary"]
+    assert sassha["launches"] is None  # of a GPU
+    with Image.open(folder / "bench.png") as chart:
+        assert chart.format == "PNG" and chart.width > 1000
+
+
+def test_several_processes_are_not_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link = Link(bandwidth=100.0, latency=0.0)
-    assert exposed(buckets, backward, link, ranks=2) == pytest.approx(expected)
-
-
-def test_a_prediction_by_hand() -> None:
-    ordinary, refresh = Kind(perturbs=True), Kind(perturbs=True, refreshes=True)
-    timings = {ordinary: Timing(step=10.0, backward=4.0), refresh: Timing(step=30.0, backward=0.5)}
-    moved = [Collective("batch size", 8), Collective("gradient", 100), Collective("gradient", 300)]
-    collectives = {ordinary: moved, refresh: [*moved, Collective("Hessian", 400)]}
-    kinds, link = Counter({ordinary: 3, refresh: 1}), Link(bandwidth=100.0, latency=0.25)
-
-    found = predict(timings, collectives, kinds, link, ranks=2)
-    # T: 0.58, 1.5, 3.5 and 4.5. The buckets are full at 1 and 4, and sent by 2.5 and 7.5: 3.5 after its end;
-    # and on a refresh at 0.125 and 0.5, and sent by 1.625 and 5.125: 4.625 after it.
-    assert found.alone == pytest.approx((3 * 10 + 30) / 4)
-    assert found.size == pytest.approx((4 * 408 + 400) / 4)
-    assert found.collectives == 3.25
-    assert found.communication == pytest.approx(5.58 + 4.5 / 4)
-    assert found.waiting == pytest.approx((3 * (0.58 + 3.5) + 0.58 + 4.625 + 4.5) / 4)
-    assert found.step == found.alone + found.waiting
-
-    waited = predict(timings, collectives, kinds, link, ranks=2, overlap=False)
-    assert waited.waiting == waited.communication == pytest.approx(found.communication)
-    one = predict(timings, collectives, kinds, link, ranks=1)
-    assert one.step == one.alone == found.alone
-    assert one.size == one.collectives == one.communication == 0
-
-
-def test_both_gradients_of_a_synchronized_ascent_overlap_with_their_own_backward() -> None:
-    kinds, link = Counter([Kind(True)]), Link(bandwidth=100.0, latency=0.0)
-    moved = [Collective(f"{which}gradient", size) for which in ("ascent ", "") for size in (300, 100)]
-    timings = {Kind(True): Timing(step=20.0, backward=4.0)}
-    assert predict(timings, {Kind(True): moved}, kinds, link, ranks=2).waiting == pytest.approx(2 * 3)
-
-
-# What is looked at
-
-
-@pytest.mark.parametrize(
-    ("algorithms", "expected"),
-    [
-        ([], {Kind(): 1}),
-        ([SAM(0.1)], {Kind(True): 1}),
-        ([SAM(0.1, interval=3)], {Kind(True): 1, Kind(): 2}),
-        ([MSAM(0.1)], {Kind(True): 1}),
-        ([LookSAM(0.1, interval=5)], {Kind(True): 1, Kind(): 4}),
-    ],
-)
-def test_the_kinds_of_steps_without_a_hessian(algorithms: list, expected: dict[Kind, int]) -> None:
-    run = trainer(sgd, algorithms)
-    assert schedule(run.state.optimizers[0]) == expected
-    run.close()
-
-
-@pytest.mark.parametrize(
-    ("algorithms", "expected"),
-    [
-        ([LazyHessian(4)], {Kind(False, True): 1, Kind(): 3}),
-        ([Sassha(0.1)], {Kind(True, True): 1, Kind(True): 9}),
-        (
-            [Sassha(0.1, interval=2, hessian_interval=3)],
-            {Kind(True, True): 1, Kind(True): 2, Kind(False, True): 1, Kind(): 2},
-        ),
-        ([MSassha(0.1, interval=2, hessian_interval=2)], {Kind(True, True): 1, Kind(): 1}),
-    ],
-)
-def test_the_kinds_of_steps_with_a_hessian(algorithms: list, expected: dict[Kind, int]) -> None:
-    run = trainer(sassha, algorithms)
-    assert schedule(run.state.optimizers[0]) == expected
-    run.close()
-
-
-def test_only_trainable_parameters_of_the_optimizer_count() -> None:
-    """DDP sends every gradient of the model; a mixture has those of the optimizer's parameters."""
-    model = ComposerClassifier(
-        nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 2)), num_classes=2
-    )
-    frozen, apart, ours = model.module
-    frozen.requires_grad_(False)
-    run = trainer(lambda _: sgd([*frozen.parameters(), *ours.parameters()]), [GSAM(0.1)], model=model)
-    (optimizer,) = run.state.optimizers
-    mixed, plain = (
-        {c.purpose: c.size for c in traffic(optimizer, model, kind)} for kind in (Kind(True), Kind(False))
-    )
-    numbers = sum(p.numel() for p in ours.parameters())
-    assert mixed["update"] == 4 * (numbers + 2) and "gradient" not in mixed
-    assert plain["gradient"] == 4 * (numbers + sum(p.numel() for p in apart.parameters()))
-    run.close()
-
-
-def test_bfloat16_gradients_travel_as_they_are_and_are_mixed_in_float32() -> None:
-    model = network().to(torch.bfloat16)
-    run = trainer(sgd, [GSAM(0.1)], model=model)
-    (optimizer,) = run.state.optimizers
-    numbers, tensors = sum(p.numel() for p in model.parameters()), len([*model.parameters()])
-    assert Collective("gradient", 2 * numbers) in traffic(optimizer, model, Kind())
-    assert Collective("update", 4 * (numbers + tensors)) in traffic(optimizer, model, Kind(True))
-    run.close()
-
-
-def test_the_stopwatch_leaves_out_the_first_step_of_an_epoch() -> None:
-    watch, now = Stopwatch(), 0.0
-    for seconds in (100.0, 1.0, 3.0, 2.0):
-        if seconds == 100:
-            watch.tick("epoch_start", now, Kind())
-        for event, after in (
-            ("batch_start", 0.0),
-            ("before_backward", 0.1),  # of the ascent
-            ("after_backward", 0.2),
-            ("before_backward", 0.5),
-            ("after_backward", 0.75),
-            ("batch_end", 1.0),
-        ):
-            # The kind counts that stands when the step starts.
-            watch.tick(event, now + after * seconds, Kind(seconds != 2 and event == "batch_start"))
-        now += 1000
-    assert watch.medians() == {Kind(True): Timing(2.0, 0.5), Kind(): Timing(2.0, 0.5)}
-
-
-# From end to end
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["digits"]) == 2
+    assert "2 processes are started" in capsys.readouterr().err
 
 
 def rows(text: str) -> dict[str, list[float]]:
@@ -278,7 +192,7 @@ def rows(text: str) -> dict[str, list[float]]:
 def test_a_plan_of_the_digits(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--plan", "digits", "--methods", "sam,sassha,msassha,gsam,looksam", "--ranks", "4"]
-    assert main([*arguments, "--steps", "6", "--link", "1GB/s", "--latency", "0s", "model.width=8"]) == 0
+    assert main([*arguments, "--steps", "2", "--link", "1GB/s", "--latency", "0s", "model.width=8"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and not list(tmp_path.iterdir())
     assert out.startswith("digits on 4 ranks of 32 samples each, link 8 Gbit/s, latency 0 us; ")
@@ -312,7 +226,7 @@ def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha.bench"]
     done = subprocess.run(
-        [*command, "--plan", "--methods", "sassha", "--steps", "6", "model.width=4", "data.batch_size=8"],
+        [*command, "--plan", "--methods", "sassha", "--steps", "2", "model.width=4", "data.batch_size=8"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,

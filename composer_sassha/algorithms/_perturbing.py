@@ -1,6 +1,7 @@
 """What the algorithms of all perturbations have in common."""
 
 import copy
+import functools
 import inspect
 import math
 import warnings
@@ -15,6 +16,8 @@ from composer_sassha import _validate
 from composer_sassha.algorithms import _checks, _trainer
 from composer_sassha.perturbations import Perturbation
 
+# A set: the events are compared by slow code of their own otherwise, on every event of every step.
+_EVENTS = frozenset((*_trainer.START, Event.BATCH_END))
 LOGGED = ("rho", "grad_norm", "momentum_norm", "loss_gap", "dominant_eigenvalue", "skipped_steps")
 
 
@@ -49,7 +52,7 @@ class PerturbingAlgorithm(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, and at the end of each batch to log."""
-        return event in (*_trainer.START, Event.BATCH_END)
+        return event in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, or log."""
@@ -97,9 +100,14 @@ class PerturbingAlgorithm(Algorithm):
 
 def as_call(algorithm: Algorithm, settings: dict[str, Any]) -> str:
     """Write an algorithm as the call that makes it."""
-    order = inspect.signature(type(algorithm)).parameters
+    order = _parameters(type(algorithm))
     arguments = [f"{name}={_literal(settings[name])}" for name in order if name in settings]
     return f"{type(algorithm).__name__}({', '.join(arguments)})"
+
+
+@functools.cache  # the Trainer writes an algorithm down whenever it runs, which is on every step
+def _parameters(algorithm: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(algorithm).parameters)
 
 
 def _literal(value: Any) -> str:

@@ -15,6 +15,11 @@ from composer_sassha.algorithms._batches import plain, select, size_of
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim.passes import Snapshot
 
+# Sets: the events are compared by slow code of their own otherwise, on every event of every step.
+_EVENTS = frozenset((*_trainer.START, Event.BATCH_END))
+_ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD))
+_EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
+
 # Under the prefix "hessian".
 LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
 
@@ -84,11 +89,11 @@ class LazyHessian(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, on passes that estimate, and at the end of each batch to log."""
-        if event in (Event.BEFORE_FORWARD, Event.AFTER_LOSS):
-            return self.curvature.active and self.curvature.evaluates_again
-        if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD):
-            return self.curvature.active
-        return event in (*_trainer.START, Event.BATCH_END)
+        if event in _EVENTS:
+            return True
+        if not self.curvature.active:
+            return False
+        return event in _ESTIMATING or (event in _EVALUATING and self.curvature.evaluates_again)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, estimate, or log."""

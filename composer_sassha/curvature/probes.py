@@ -24,4 +24,7 @@ def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
     device = like[0].device
     size = sum(t.numel() for t in like)
     bits = torch.randint(2, (size,), generator=generator(key, device), device=device, dtype=torch.int8)
-    return [signs.to(t) for signs, t in zip(unflatten(bits.mul_(2).sub_(1), like), like, strict=True)]
+    signs = bits.mul_(2).sub_(1)
+    if {(t.dtype, t.device) for t in like} == {(like[0].dtype, device)}:
+        return unflatten(signs.to(like[0].dtype), like)
+    return [z.to(t) for z, t in zip(unflatten(signs, like), like, strict=True)]

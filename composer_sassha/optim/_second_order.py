@@ -1,7 +1,7 @@
 """What the update rules that divide by a lazily refreshed Hessian diagonal share."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -108,8 +108,8 @@ class SecondOrderOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         owner = type(self).__name__
-        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if any(grad.is_sparse for grad in grads.values()):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
             raise RuntimeError(
                 f"{owner}: sparse gradients are not supported; build the embedding with sparse=False"
             )
@@ -117,7 +117,7 @@ class SecondOrderOptimizer(Optimizer):
         fresh = not self.state
         self._init_state()
         learning = any(group["lr"] > 0 for group in self.param_groups)
-        if fresh and not learning and not self._any_gradient(list(grads.values())):
+        if fresh and not learning and not self._any_gradient(grads):
             # Saving and loading a checkpoint step a fresh optimizer with zero gradients, only to have its
             # state made.
             return loss
@@ -126,8 +126,8 @@ class SecondOrderOptimizer(Optimizer):
                 f"{owner}: no Hessian estimate has arrived before this step; add {self._remedy} to the "
                 "Trainer's algorithms, or call update_curvature() before step()"
             )
-        for params, group in self._lists(grads):
-            self._step_list(params, [grads[p] for p in params], group)
+        for params, group in self._lists(lambda p: p.grad is not None):
+            self._step_list(params, [p.grad for p in params], group)  # type: ignore[misc]  # they have one
         return loss
 
     @torch.no_grad()
@@ -142,19 +142,18 @@ class SecondOrderOptimizer(Optimizer):
             ValueError: a tensor that this optimizer does not train, or an estimate of another shape.
         """
         owner, trained = type(self).__name__, set(self._trained())
-        for p, h in diagonal.items():
+        for p, part, h in zip(diagonal, local(diagonal), diagonal.values(), strict=True):
             if p not in trained:
                 raise ValueError(
                     f"{owner}: an estimate for a tensor of shape {tuple(p.shape)} that is not trained here"
                 )
-            (part,) = local([p])
             if h.shape != part.shape:
                 raise ValueError(
                     f"{owner}: an estimate of shape {tuple(h.shape)} for a parameter of {tuple(part.shape)}"
                 )
         self._init_state()
         fresh = []
-        for params, group in self._lists(diagonal):
+        for params, group in self._lists(diagonal.__contains__):
             states = [self.state[p] for p in params]
             averages = kept(states, self._average)
             estimates = [diagonal[p].to(average) for p, average in zip(params, averages, strict=True)]
@@ -232,12 +231,12 @@ class SecondOrderOptimizer(Optimizer):
         here = any(grad.any() for grad in local(grads))
         return any_rank(torch.tensor(here, device=grads[0].device)) if grads and shards_of(grads) else here
 
-    def _lists(self, chosen: Collection[Tensor]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    def _lists(self, chosen: Callable[[Tensor], bool]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """Yield the chosen parameters in the lists that one call of a rule works on, and their group."""
         for group in self.param_groups:
             lists: dict[Any, list[Tensor]] = defaultdict(list)
             for i, p in enumerate(group["params"]):
-                if p in chosen:
+                if chosen(p):
                     # foreach kernels want one device and one dtype
                     lists[(p.device, p.dtype) if group["foreach"] else i].append(p)
             for params in lists.values():
@@ -275,7 +274,8 @@ def corrected_denominators(
         >>> corrected_denominators([torch.tensor([2.0, 8.0])], [1], 0.5, group)
         [tensor([3., 5.])]
     """
-    denominators = list(torch._foreach_div(averages, [1 - group["betas"][1] ** age for age in ages]))
+    corrections = [1 - group["betas"][1] ** age for age in ages]
+    denominators = list(torch._foreach_div(averages, one_or_all(corrections)))
     if power == 0.5:
         torch._foreach_sqrt_(denominators)
     elif power != 1:
@@ -290,4 +290,19 @@ def corrected_step(
     """Move the weights by `-lr * (m / (1 - b1**t)) / denominator`, in place."""
     averages = kept(states, "exp_avg")
     rates = [-group["lr"] / (1 - group["betas"][0] ** state["step"]) for state in states]
-    torch._foreach_addcdiv_(weights, averages, denominators, rates)
+    # Unlike the other operations, this one takes a single number only by another name.
+    rate = one_or_all(rates)
+    if isinstance(rate, list):
+        torch._foreach_addcdiv_(weights, averages, denominators, rate)
+    else:
+        torch._foreach_addcdiv_(weights, averages, denominators, value=rate)
+
+
+def one_or_all(numbers: list[float]) -> float | list[float]:
+    """Return the number that all are, which is faster to hand on, or all of them.
+
+    Example:
+        >>> one_or_all([0.5, 0.5]), one_or_all([0.5, 1.0])
+        (0.5, [0.5, 1.0])
+    """
+    return numbers[0] if len(set(numbers)) == 1 else numbers

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sassha._sharding import is_sharded
 from composer_sassha._tensors import copy_into, copy_of
 
 Closure = Callable[..., Any]
@@ -31,12 +30,11 @@ class PassRunner:
     def must_synchronize(self) -> bool:
         """Whether every pass has to be synchronized.
 
-        FSDP2 averages in every backward. DDP with find_unused_parameters remembers from an unsynchronized
-        pass which parameters were used, and fails where the next pass uses others.
+        DDP with find_unused_parameters remembers from an unsynchronized pass which parameters were used, and
+        fails where the next pass uses others.
         """
-        if isinstance(self.model, DistributedDataParallel):
-            return getattr(self.model, "find_unused_parameters", False)
-        return is_sharded(self.model)
+        ddp = isinstance(self.model, DistributedDataParallel)
+        return ddp and getattr(self.model, "find_unused_parameters", False)
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
         """Run one pass and return the closure's loss, or None if the gradient overflowed.
@@ -109,6 +107,8 @@ class Snapshot:
 
 def _is_writable(buffer: Tensor) -> bool:
     """Neither made in inference mode, nor expanded, nor compressed: nobody can write into those in place."""
+    if buffer.layout == torch.strided and buffer.is_contiguous():
+        return not buffer.is_inference()
     if buffer.layout not in (torch.strided, torch.sparse_coo):
         return False
     expanded = any(

@@ -324,7 +324,8 @@ class SharpnessAwareOptimizer(Optimizer):
                 return _checked(self.runner.run(closure)), None
 
         self.phase = "ascent"
-        sync = self.sync_ascent or self.runner.must_synchronize
+        # FSDP2 averages in every backward.
+        sync = self.sync_ascent or self._shards() is not None or self.runner.must_synchronize
         loss = _checked(self.runner.run(closure, sync=sync))
         if loss is None:
             return None, None
@@ -359,10 +360,7 @@ class SharpnessAwareOptimizer(Optimizer):
         sharded = None if shards is None else self.model
         weights = copy_of(local(params))
         try:
-            point = self._point(params, perturbation, shards)
-            found = perturbation.displace(point)
-            self.metrics.update(found)
-            self._check_displacement(point, weights, found.get("grad_norm", found.get("momentum_norm", 0)))
+            self._displace(params, perturbation, shards, weights)
             forget_copies(sharded)  # FSDP2 may have gathered w before, for an evaluation
             yield
         finally:
@@ -371,6 +369,15 @@ class SharpnessAwareOptimizer(Optimizer):
             copy_into(local(params), weights)
             forget_copies(sharded)  # and now w + e, for a pass that did not come to its end
 
+    def _displace(
+        self, params: list[Tensor], perturbation: Perturbation, shards: Shards | None, weights: list[Tensor]
+    ) -> None:
+        # The point, which has the gradients at w, ends here: the next pass wants their memory.
+        point = self._point(params, perturbation, shards)
+        found = perturbation.displace(point)
+        self.metrics.update(found)
+        self._check_displacement(point, weights, found.get("grad_norm", found.get("momentum_norm", 0)))
+
     def _check_displacement(self, point: Point, weights: list[Tensor], norm: float) -> None:
         """Warn, once, of a displacement that there is none of, or that is lost in rounding."""
         if not math.isfinite(norm) and not self._warned_of_norm:
@@ -378,7 +385,7 @@ class SharpnessAwareOptimizer(Optimizer):
             warnings.warn(
                 f"the norm that the perturbation divides by is {norm}: the weights are not displaced on this "
                 "step; look for a gradient that is not finite",
-                stacklevel=7,
+                stacklevel=8,
             )
         coarse = [i for i, w in enumerate(weights) if torch.finfo(w.dtype).bits < 32]
         if self._rounding_checked or not coarse or not 0 < norm < math.inf:
@@ -395,7 +402,7 @@ class SharpnessAwareOptimizer(Optimizer):
                 f"the perturbation moves {share:.0%} of the entries of {weights[coarse[0]].dtype} parameters "
                 "that it is to move, the others are lost in rounding; take a larger rho, or float32 "
                 "parameters and precision='amp_bf16'",
-                stacklevel=7,
+                stacklevel=8,
             )
 
     def _point(self, params: list[Tensor], perturbation: Perturbation, shards: Shards | None) -> Point:

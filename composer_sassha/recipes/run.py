@@ -128,9 +128,9 @@ def _build(recipe: Recipe) -> _Parts:
 def _check_model(recipe: Recipe) -> None:
     """Refuse a model that lacks what follows from the data, such as an output for every class."""
     follows = recipe.data.model_settings() if hasattr(recipe.data, "model_settings") else {}
-    names = {key: recipe.settings()[key]["name"] for key in ("data", "model")}
     for key, value in follows.items():
         if not hasattr(recipe.model, key):
+            names = {key: recipe.settings()[key]["name"] for key in ("data", "model")}
             raise ConfigError(f"model.name={names['model']}: is not for data.name={names['data']}")
         if (found := getattr(recipe.model, key)) != value:
             raise ConfigError(f"model.{key}={found}: does not fit the data; set model.{key}={value}")

@@ -1,0 +1,197 @@
+"""The floor of a method: its passes, with nothing around them that a pass does not need.
+
+In a Trainer, a bare optimizer calls the closure once per pass, and updates nothing; on a refresh step an
+algorithm takes the place of the last backward pass by a gradient that can be differentiated and one product
+of the Hessian with a vector. Without a Trainer, the same passes are those few lines of PyTorch.
+"""
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from composer import Algorithm, Event, Logger, State
+from composer.core import get_precision_context
+from composer.core.data_spec import default_split_batch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from composer_sassha.algorithms import ESAM, _checks, _trainer
+from composer_sassha.benchmark.steps import Kind, Run, Timing
+from composer_sassha.recipes.config import Recipe
+
+
+def passes(optimizer: Any, kind: Kind) -> int:
+    """How many forward and backward passes a step takes.
+
+    Args:
+        optimizer: the Trainer's, wrapped by our algorithms or not.
+        kind: of the step.
+    """
+    return 2 if kind.perturbs and optimizer.perturbation.ascends else 1
+
+
+def has_floor(run: Run) -> bool:
+    """Whether a method's steps are whole passes and products with the Hessian, so that they have a floor.
+
+    ESAM's second pass takes a part of the batch, and estimates other than Hutchinson's on the whole batch
+    take something else than such a product.
+    """
+    curvature = getattr(run.optimizer, "curvature", None)
+    whole = curvature is None or (curvature.estimator == "hutchinson" and curvature.batch_fraction == 1)
+    return whole and not any(isinstance(part, ESAM) for part in _checks.parts(run.trainer.state.algorithms))
+
+
+class BareOptimizer(Optimizer):
+    """Calls the closure once per pass, and does nothing with what it leaves.
+
+    >>> w = torch.nn.Parameter(torch.zeros(1))
+    >>> bare = BareOptimizer([w])
+    >>> bare.passes = 2
+    >>> bare.step(lambda: print("pass"))
+    pass
+    pass
+    """
+
+    _step_supports_amp_closure = True  # the Trainer's closure may be called more than once
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.0})
+        self.passes = 1
+        self.products = 0  # of the Hessian with a vector, in the last pass
+        self.last = False  # whether that pass is running
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call the closure; without one, as when a Trainer saves its state, there is nothing to do."""
+        if closure is None:
+            return None
+        with differentiable() if self.products else contextlib.nullcontext():
+            for number in range(1, 1 + self.passes):
+                self.last = number == self.passes
+                loss = closure()
+        return loss
+
+
+class BareHessian(Algorithm):
+    """In the last pass of a refresh step: a product of the Hessian with a vector, and the gradient."""
+
+    def match(self, event: Event, state: State) -> bool:
+        """Run at the start, and in the passes that a `BareOptimizer` says."""
+        bare: Any = state.optimizers[0]
+        return event == Event.BEFORE_LOAD or (
+            event == Event.BEFORE_BACKWARD and bare.last and bare.products > 0
+        )
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Differentiate twice, and leave the Trainer's backward nothing to do."""
+        if event == Event.BEFORE_LOAD:
+            _trainer.scale_gradients(state)
+            return
+        loss: Any = state.loss
+        params = [p for p in state.model.parameters() if p.requires_grad]
+        add_gradients(params, gradient_and_product(loss, params, state.optimizers[0].products))
+        state.loss = loss.detach().requires_grad_()
+
+
+def gradient_and_product(loss: Tensor, params: Sequence[Tensor], products: int) -> list[Tensor]:
+    """Return the gradient, after products of the Hessian with a vector of ones.
+
+    Args:
+        loss: a scalar that uses every parameter.
+        params: with respect to which it is differentiated.
+        products: how many, >= 1.
+    """
+    grads = torch.autograd.grad(loss, params, create_graph=True)
+    ones = [torch.ones_like(p) for p in params]
+    for left in reversed(range(products)):
+        torch.autograd.grad(grads, params, ones, retain_graph=left > 0, materialize_grads=True)
+    return [grad.detach() for grad in grads]
+
+
+def add_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Leave gradients where a backward pass leaves them."""
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad if p.grad is None else p.grad + grad
+
+
+def differentiable() -> contextlib.AbstractContextManager[Any]:
+    """Run without fused attention, which has no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class Floor:
+    """The floor of a method in a Trainer.
+
+    Args:
+        recipe: for the Trainer's settings.
+        run: the method, on whose batch and on a copy of whose model the passes run.
+        device: the Trainer's; None: the best there is.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, device: str | None = None) -> None:
+        state = run.trainer.state
+        model: Any = copy.deepcopy(state.model)
+        self._method = run.optimizer
+        self._bare = BareOptimizer([p for p in model.parameters() if p.requires_grad])
+        self._run = Run(recipe, model, run.batch, self._bare, [BareHessian()], device=device)
+        self.schedule = run.schedule
+
+    def take(self, kind: Kind) -> Timing:
+        """Take the passes of one step of the method, and return their time."""
+        self._bare.passes = passes(self._method, kind)
+        self._bare.products = self._method.curvature.samples if kind.refreshes else 0
+        return self._run.take(Kind())
+
+    def close(self) -> None:
+        """Close the Trainer."""
+        self._run.close()
+
+
+class Raw:
+    """The same passes in PyTorch alone: forward, loss and backward, and on a refresh the product.
+
+    Args:
+        run: the method, on whose batch and on a copy of whose model the passes run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        state = run.trainer.state
+        self._model: Any = copy.deepcopy(state.model).train()
+        self._params = [p for p in self._model.parameters() if p.requires_grad]
+        parts = default_split_batch(run.batch, state.device_train_microbatch_size or 1)
+        self._microbatches = [state.device.batch_to_device(part) for part in parts]
+        self._state, self._method = state, run.optimizer
+        self.schedule = run.schedule
+
+    def take(self, kind: Kind) -> Timing:
+        """Take the passes of one step of the method, and return their time."""
+        on_gpu, count = self._state.device.name == "gpu", passes(self._method, kind)
+        _wait(on_gpu)
+        now, cpu = time.perf_counter(), time.process_time()
+        with differentiable() if kind.refreshes else contextlib.nullcontext():
+            for number in range(1, 1 + count):
+                self._pass(self._method.curvature.samples if kind.refreshes and number == count else 0)
+        _wait(on_gpu)
+        return Timing(time.perf_counter() - now, time.process_time() - cpu)
+
+    def _pass(self, products: int) -> None:
+        for p in self._params:
+            p.grad = None
+        for batch in self._microbatches:
+            with get_precision_context(self._state.precision):
+                loss = self._model.loss(self._model(batch), batch)
+            if products:
+                add_gradients(self._params, gradient_and_product(loss, self._params, products))
+            else:
+                loss.backward()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
