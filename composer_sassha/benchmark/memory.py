@@ -42,7 +42,7 @@ class Memory:
             torch.cuda.synchronize()
             self._start = torch.cuda.memory_allocated()
         else:
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
         return self
 
