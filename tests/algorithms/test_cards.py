@@ -24,6 +24,7 @@ NO_CARD = (
     "SASSHA",
     "LazyHessian",
     "ignore_own_entries",
+    "SharpnessMonitor",  # a callback
 )
 DESCRIBED = {
     name.lower(): getattr(composer_sassha, name) for name in composer_sassha.__all__ if name not in NO_CARD
