@@ -296,7 +296,7 @@ def test_what_shall_be_low_is_ranked_the_other_way(folder: Path, capsys: pytest.
         "sam": "**4.100 ± 0.100**",
         "asam": "4.200 ± 0.300",
     }
-    assert rows["sam"]["published"] == "3.90" and rows["sam"]["p (against sam)"] == "best"
+    assert rows["sam"]["published"] == "3.900" and rows["sam"]["p (against sam)"] == "best"
     p = by_hand(perplexities["sgd"], perplexities["sam"])
     assert rows["sgd"]["p (against sam)"] == f"{p:.2g}*" and rows["asam"]["p (against sam)"].endswith(" n.s.")
     assert "Welch's t-test of the perplexity against sam's" in out and "accuracy" not in out
