@@ -22,7 +22,8 @@ examples:
   python -m composer_sassha.compare my.yaml max_duration=5ep save_folder=short
 
 Each run is a call of composer_sassha.train: those that are finished are left alone, and those that were
-stopped are continued. <save_folder>/<recipe name> gets report.html, table.md, table.csv and curves.png.
+stopped are continued. <save_folder>/<recipe name> gets report.html, table.md, table.csv, curves.png and
+frontier.png.
 """
 
 

@@ -1,5 +1,6 @@
 """The comparison of a recipe's methods: what it runs, what it says, and what it leaves on the disk."""
 
+import base64
 import csv
 import json
 import math
@@ -25,13 +26,14 @@ from scipy.stats import t
 from composer_sassha import compare, train
 from composer_sassha.comparison import jobs
 from composer_sassha.comparison.curves import Curve, plot_curves
+from composer_sassha.comparison.frontier import Point, frontier, plot_frontier
 from composer_sassha.comparison.grid import load_grid
 from composer_sassha.comparison.jobs import Job, run_jobs
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.files import bundled_recipes
-from composer_sassha.recipes.metrics import ranked
+from composer_sassha.recipes.metrics import METRICS, ranked
 
-REPORT = {"table.md", "table.csv", "curves.png", "report.html"}
+REPORT = {"table.md", "table.csv", "curves.png", "frontier.png", "report.html"}
 MISTAKES = [
     (["digits", "--methods", "sgd,sasha"], ["--methods", "'sasha'", "did you mean sassha?"]),
     (["digits", "--methods", "sgd,"], ["--methods", "'sgd,'", "commas"]),
@@ -439,8 +441,12 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     text = Path("runs/digits/report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert page.open == [] and len(page.links) == 1
-    assert page.links[0].startswith("data:image/png;base64,iVBORw0KGgo")
+    assert page.open == [] and len(page.links) == 2  # the curves and the frontier
+    for link, name in zip(page.links, ("curves.png", "frontier.png"), strict=True):
+        assert (
+            base64.b64decode(link.removeprefix("data:image/png;base64,"))
+            == Path("runs/digits", name).read_bytes()
+        )
     assert "http" not in text and "@import" not in text and "url(" not in text
     for row in said.values():
         assert all(cell.strip("*") in page.cells for cell in row.values())
@@ -629,3 +635,65 @@ def test_curves_of_many_methods_can_be_told_apart() -> None:
         92 + np.std(values, ddof=1, axis=0)[2]
     )
     assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["epochs", "seconds in training steps"]
+
+
+def test_relative_times_are_the_processors_where_all_runs_are_alone_on_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def costs() -> dict[str, str]:
+        assert compare.main(["digits", "--methods", "sgd,sam,asam,gsam", "--seeds", "0", "--table"]) == 0
+        out = capsys.readouterr().out
+        assert ("Relative times are of the processor" in out) is (len({*Path("runs/digits").iterdir()}) == 2)
+        return {method: row["step / sgd's (range)"] for method, row in table(out).items()}
+
+    pretend_grid({"sgd": [0.9]}, seconds_per_step=0.4, processor_seconds_per_step=0.1)
+    pretend_grid({"sam": [0.9]}, seconds_per_step=0.2, processor_seconds_per_step=0.25)
+    assert costs() == {"sgd": "1.00", "sam": "2.50", "asam": "-", "gsam": "-"}
+    # One that an older version has trained, and one on two processes, whose baseline is missing.
+    pretend_grid({"asam": [0.9]}, seconds_per_step=0.6)
+    pretend_grid({"gsam": [0.9]}, seconds_per_step=0.6, processor_seconds_per_step=0.2, world_size=2)
+    assert costs() == {"sgd": "1.00", "sam": "0.50", "asam": "1.50", "gsam": "-"}
+
+
+@pytest.mark.parametrize("name", ["MulticlassAccuracy", "LanguagePerplexity"])
+def test_the_frontier_is_what_no_cheaper_method_equals_or_beats(name: str) -> None:
+    metric, draw = METRICS[name], np.random.default_rng(0)
+    for _ in range(50):
+        # Few different numbers, so that there are equals.
+        points = [
+            Point(f"{i}", float(draw.integers(1, 6)), float(draw.integers(1, 6)), None) for i in range(12)
+        ]
+        found = frontier(points, metric)
+        expected = {
+            (one.seconds, one.value)
+            for one in points
+            if not any(
+                p.seconds <= one.seconds
+                and metric.best(p.value, one.value) == p.value
+                and (p.seconds, p.value) != (one.seconds, one.value)
+                for p in points
+            )
+        }
+        assert [(p.seconds, p.value) for p in found] == sorted(expected)
+        assert all(p in points for p in found)
+
+
+def test_the_picture_of_the_frontier_shows_every_method() -> None:
+    points = [Point(f"method_{i}", 1.0 + i, value, 0.5) for i, value in enumerate([90.0, 92.0, 91.0] * 5)]
+    metric = METRICS["MulticlassAccuracy"]
+    figure = plot_frontier(points, metric, "test", "many", baseline="method_1")
+    figure.draw_without_rendering()  # lays it out
+    (axes,) = figure.axes
+    line, *marks = [line for line in axes.lines if line.get_marker() not in ("_", "|")]
+    assert line.get_xydata().tolist() == [[1, 90], [2, 92]] and line.get_drawstyle() == "steps-post"
+    assert [mark.get_xydata().tolist() for mark in marks] == [[[p.seconds, p.value]] for p in points]
+    filled = [mark.get_markerfacecolor() == mark.get_color() for mark in marks]
+    assert filled == [True, True] + [False] * 13
+    assert len({(mark.get_marker(), mark.get_color()) for mark in marks}) == 15
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == [p.method for p in points]
+    assert axes.get_tightbbox().xmax <= legend.get_window_extent().xmin
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("seconds in training steps", "test accuracy, %")
+    (top,) = axes.child_axes
+    assert top.get_xlabel() == "in units of method_1's"
+    assert top.get_xlim() == pytest.approx([x / 2 for x in axes.get_xlim()])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 
 import pytest
 from filelock import FileLock
@@ -185,6 +186,9 @@ def test_a_run_leaves_everything_and_is_left_alone(
     steps = [record for record in records if "loss/train/total" in record]
     assert [record["batch"] for record in steps] == list(range(1, 23))
     assert [record["epoch"] for record in steps] == [0] * 11 + [1] * 11
+    assert all(record["seconds"] > 0 and record["processor_seconds"] > 0 for record in steps)
+    blocks = [fmean(record["processor_seconds"] for record in steps[5:])]
+    assert results["processor_seconds_per_step"] == pytest.approx(median(blocks))
     evaluations = [record for record in records if "metrics/test/MulticlassAccuracy" in record]
     assert [(record["batch"], record["epoch"]) for record in evaluations] == [(11, 1), (22, 2)]
     assert evaluations[-1]["metrics/test/MulticlassAccuracy"] == results["accuracy"]
@@ -206,10 +210,10 @@ def test_the_baseline_is_compared_with_when_it_is_there(
     capsys.readouterr()
     main(quick)
     seconds = {
-        run.parts[-3]: json.loads(run.read_text())["seconds_per_step"]
+        run.parts[-3]: json.loads(run.read_text())["processor_seconds_per_step"]
         for run in Path("runs/digits").glob("*/seed0/results.json")
     }
-    other = json.loads(Path("runs/digits/sgd/seed1/results.json").read_text())["seconds_per_step"]
+    other = json.loads(Path("runs/digits/sgd/seed1/results.json").read_text())["processor_seconds_per_step"]
     ratio = seconds["sam"] / ((seconds["sgd"] + other) / 2)
     assert f"({ratio:.2f} times sgd's)" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: table.md, table.csv, curves.png and report.html."""
+"""The report of a comparison: table.md, table.csv, curves.png, frontier.png and report.html."""
 
 import base64
 import csv
@@ -13,15 +13,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
+from composer_sassha.comparison.frontier import plot_frontier, points_of
 from composer_sassha.comparison.grid import Run
 from composer_sassha.comparison.sharpness import section
 from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
 from composer_sassha.recipes.metrics import Metric, metrics_of
-from composer_sassha.recipes.run_log import write_atomically
+from composer_sassha.recipes.run_log import step_clock, write_atomically
 
 NOTHING = "-"
 
@@ -68,6 +70,7 @@ class Report:
         self.baseline = self.runs[0].recipe.baseline
         of_baseline = [row.results for row in self.rows if row.method == self.baseline]
         self._baseline_results = of_baseline[0] if of_baseline else []
+        self._clock = step_clock(self.finished)
         self.p_values = {
             row.method: welch(row.values(self.metrics[0]), self.winner.values(self.metrics[0]))
             for row in self.rows
@@ -91,7 +94,7 @@ class Report:
         columns["training, s"] = [_median(row, "seconds", 1) for row in self.rows]
         columns["step, ms"] = [_median(row, "seconds_per_step", 1000) for row in self.rows]
         if self._baseline_results:
-            costs = [_range(row.cost(self._baseline_results)) for row in self.rows]
+            costs = [_range(row.cost(self._baseline_results, self._clock)) for row in self.rows]
             columns[f"step / {self.baseline}'s (range)"] = costs
         columns["skipped"] = [str(row.skipped_steps) if row.results else NOTHING for row in self.rows]
         return Table(list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)])
@@ -113,6 +116,8 @@ class Report:
             "Mean ± standard deviation over the seeds, the best mean in bold; medians of the times. Runs "
             "that train at the same time slow each other down: compare times with --jobs 1."
         ]
+        if self._clock == "processor_seconds_per_step" and self._baseline_results:
+            notes.append("Relative times are of the processor, which other programs lengthen little.")
         if self.winner is not None and len(self.rows) > 1:
             notes += self._significance(self.winner.method)
         if not self._baseline_results and self.baseline is not None:
@@ -181,7 +186,7 @@ class Report:
         """The table as plain numbers, with empty fields where there are none."""
         rows = []
         for row in self.rows:
-            costs = row.cost(self._baseline_results)
+            costs = row.cost(self._baseline_results, self._clock)
             cells: dict[str, Any] = {"method": row.method, "seeds": len(row.results)}
             for metric in self.metrics:
                 unit = "_percent" if metric.percent else ""
@@ -206,23 +211,27 @@ class Report:
         """Write all files; nothing that they show comes from elsewhere."""
         name = self.runs[0].recipe.name
         curves = {row.method: curve for row in self.rows if (curve := read_curve(row.runs)) is not None}
-        png = io.BytesIO()
+        pictures = {}
         if curves:
-            plot_curves(curves, self.metrics, self.heldout, name).savefig(png, format="png", dpi=150)
+            pictures["curves"] = _png(plot_curves(curves, self.metrics, self.heldout, name))
+        if len(points := points_of(self.rows, self.metrics[0], self._clock)) > 1:
+            pictures["frontier"] = _png(
+                plot_frontier(points, self.metrics[0], self.heldout, name, self.baseline)
+            )
         page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
         page.tests["best"] = lambda cell: isinstance(cell, Best)
         html = page.get_template("report.html").render(
             report=self,
             name=name,
             each_run=self._each_run(),
-            picture=base64.b64encode(png.getvalue()).decode(),
+            pictures={key: base64.b64encode(png).decode() for key, png in pictures.items()},
             sharpness=Markup(section(folder)),  # of runs that were inspected
         )
         write_atomically(folder / "table.md", f"# {name}\n\n{self.results_text()}\n{self.settings_text()}")
         write_atomically(folder / "table.csv", self.csv())
         write_atomically(folder / "report.html", html)
-        if curves:
-            (folder / "curves.png").write_bytes(png.getvalue())
+        for key, png in pictures.items():
+            (folder / f"{key}.png").write_bytes(png)
 
     def _each_run(self) -> Table:
         head = [
@@ -246,6 +255,12 @@ class Report:
 
 def _said(lists: dict[str, list[str]]) -> list[str]:
     return [f"{what}: {', '.join(names)}." for what, names in lists.items() if names]
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
 
 
 def spread(mean: float | None, deviation: float | None, digits: int) -> str:

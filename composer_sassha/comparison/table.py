@@ -49,13 +49,18 @@ class Row:
         values = self.values(metric)
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
-    def cost(self, baseline: Sequence[dict[str, Any]]) -> list[float]:
-        """Each run's time of a step, in units of the median of the baseline's runs on equal machines."""
+    def cost(self, baseline: Sequence[dict[str, Any]], clock: str) -> list[float]:
+        """Each run's time of a step, in units of the median of the baseline's runs on equal machines.
+
+        Args:
+            baseline: the results of its runs.
+            clock: which of the times, see `step_clock`.
+        """
         costs = []
         for run in self.results:
             same = [r for r in baseline if all(r[key] == run[key] for key in ("device", "world_size"))]
             if same:
-                costs.append(run["seconds_per_step"] / median(r["seconds_per_step"] for r in same))
+                costs.append(run[clock] / median(r[clock] for r in same))
         return costs
 
     @cached_property

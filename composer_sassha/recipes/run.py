@@ -36,7 +36,7 @@ from composer_sassha.recipes.folder import (
     removed_on_failure,
 )
 from composer_sassha.recipes.metrics import metrics_of, ranked
-from composer_sassha.recipes.run_log import RunLog, number, write_atomically
+from composer_sassha.recipes.run_log import RunLog, number, step_clock, write_atomically
 
 _EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "scipy": "demo", "transformers": "nlp", "datasets": "nlp"}
 _LOOK = 16  # samples of the first batch that the model has to take before anything is written
@@ -271,6 +271,7 @@ def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, A
         "reported": recipe.reported,
         "seconds": state.timestamp.total_wct.total_seconds(),
         "seconds_per_step": log.seconds_per_step(),
+        "processor_seconds_per_step": log.seconds_per_step("processor_seconds"),
         "steps": state.timestamp.batch.value,
         "epochs": state.timestamp.epoch.value,
         "parameters": sum(p.numel() for p in state.model.parameters()),
@@ -304,8 +305,8 @@ def _relative_to_baseline(recipe: Recipe, results: dict[str, Any]) -> str:
         return ""
     paths = recipe.folder.parents[1].glob(f"{recipe.baseline}/seed*/results.json")
     runs = [found for path in paths if (found := read_results(path)) is not None]
-    same = ("world_size", "device")
-    seconds = [r["seconds_per_step"] for r in runs if all(r[key] == results[key] for key in same)]
+    same = [r for r in runs if all(r[key] == results[key] for key in ("world_size", "device"))]
+    clock = step_clock([results, *same])
     return (
-        f" ({results['seconds_per_step'] / median(seconds):.2f} times {recipe.baseline}'s)" if seconds else ""
+        f" ({results[clock] / median(r[clock] for r in same):.2f} times {recipe.baseline}'s)" if same else ""
     )

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -33,8 +33,9 @@ class RunLog(LoggerDestination):
     """Collects the metrics of a run in `records` and appends each record to a JSON-lines file.
 
     A record holds what was logged in one step or in one evaluation. `batch` steps had been taken then, and
-    `epoch` epochs completed; `seconds` is the time of the step from the moment its data is there. A
-    checkpoint remembers how many records there were, so a resumed run drops what came later and repeats it.
+    `epoch` epochs completed; `seconds` is the time of the step from the moment its data is there, and
+    `processor_seconds` what this process had of a processor in it. A checkpoint remembers how many records
+    there were, so a resumed run drops what came later and repeats it.
     Only rank 0 has records, writes and prints.
 
     Args:
@@ -53,7 +54,7 @@ class RunLog(LoggerDestination):
         self.metrics = metrics
         self._pending: dict[str, float | None] = {}
         self._resumed_records = 0
-        self._step_start = 0.0
+        self._step_start = self._processor_start = 0.0
         self._progress_bar = progress_bar
         self._bar = tqdm(disable=True)
 
@@ -108,10 +109,11 @@ class RunLog(LoggerDestination):
         )
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        self._step_start = time.perf_counter()
+        self._step_start, self._processor_start = time.perf_counter(), time.process_time()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._pending["seconds"] = time.perf_counter() - self._step_start
+        self._pending["processor_seconds"] = time.process_time() - self._processor_start
         self._write(state)
         self._bar.update()
 
@@ -168,14 +170,22 @@ class RunLog(LoggerDestination):
         evaluations = self.heldout()
         return bool(evaluations) and evaluations[-1][0] == now.batch.value
 
-    def seconds_per_step(self) -> float:
+    def seconds_per_step(self, clock: str = "seconds") -> float | None:
         """The time of a step: the median over blocks of 50 steps of the mean within the block.
 
         The first five steps, which warm up, do not count. A plain median would hide what a method does only
         now and then, such as a refresh of the Hessian; a plain mean would show the hiccups of the machine.
+
+        Args:
+            clock: `seconds`, or `processor_seconds`.
+
+        Returns:
+            It, or None where no step has it: an older version has trained them.
         """
-        steps = [r["seconds"] for r in self.records if "seconds" in r]
+        steps = [r[clock] for r in self.records if clock in r]
         steps = steps[5:] or steps
+        if not steps:
+            return None
         return median(fmean(steps[i : i + 50]) for i in range(0, max(1, len(steps) - 49), 50))
 
     def plot(self, path: Path, steps_per_epoch: int) -> None:
@@ -204,6 +214,23 @@ class RunLog(LoggerDestination):
         for axes in (left, right):
             axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
+
+
+def step_clock(results: Iterable[Mapping[str, Any]]) -> str:
+    """By which key of results.json the time of a step compares between these runs.
+
+    That is the processor's time where all are single processes on a CPU, as other programs do not lengthen
+    it, and the time on the clock otherwise.
+
+    >>> run = {"device": "cpu", "world_size": 1, "seconds_per_step": 0.2, "processor_seconds_per_step": 0.1}
+    >>> step_clock([run]), step_clock([run, run | {"world_size": 2}])
+    ('processor_seconds_per_step', 'seconds_per_step')
+    """
+    alone = all(
+        (run["device"], run["world_size"]) == ("cpu", 1) and run.get("processor_seconds_per_step") is not None
+        for run in results
+    )
+    return "processor_seconds_per_step" if alone else "seconds_per_step"
 
 
 def number(value: float | None) -> float:

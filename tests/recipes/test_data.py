@@ -302,6 +302,21 @@ def test_a_part_that_is_larger_than_the_split_is_refused() -> None:
             data.build(seed=0)
 
 
+def test_images_are_scaled_when_they_are_read() -> None:
+    """To half the size: close to the mean of each four pixels; an antialiased resize weighs more of them."""
+    whole, halved = (Drawn(train_size=60, label_noise=0.5, image_size=size).splits() for size in (None, 4))
+    flat = torch.full((1, 3, 8, 8), 77, dtype=torch.uint8)
+    for before, after in zip(whole, halved, strict=True):
+        assert after.images.dtype == torch.uint8 and after.images.shape == (len(before.labels), 3, 4, 4)
+        assert torch.equal(after.labels, before.labels)
+        means = before.images.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+        assert torch.corrcoef(torch.stack([means.flatten(), after.images.float().flatten()]))[0, 1] > 0.9
+    assert (Drawn(image_size=4)._scaled(Split(flat, torch.zeros(1))).images == 77).all()
+    train, heldout = Drawn(image_size=4, batch_size=20, padding=1).build(seed=0)
+    for loader in (train, heldout.dataloader.dataloader):
+        assert next(iter(loader))[0].shape[1:] == (3, 4, 4)
+
+
 def test_every_sample_is_as_likely_to_be_in_a_part() -> None:
     """Its order is not that of the data set, which is often sorted by class."""
     chosen = subset(1000, 500)

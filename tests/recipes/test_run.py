@@ -39,7 +39,7 @@ def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def metrics(recipe: Recipe) -> list[dict[str, Any]]:
     lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in lines]
 
 
 def same_runs(first: Recipe, second: Recipe) -> None:

@@ -63,6 +63,8 @@ class InMemoryImages:
             held-out images keep theirs, those of the validation split as well.
         noise_seed: of the noise, which thus does not move with the seed of a run.
         train_size: images to train on, >= 1, the same ones in every run; None: the whole training split.
+        image_size: pixels on a side that all images are scaled to when they are read, >= 1; None: as they
+            are. Half the size is a quarter of the computation.
     """
 
     batch_size: int = checked(256, at_least(1))
@@ -75,6 +77,7 @@ class InMemoryImages:
     label_noise: float = checked(0.0, within(0, 1))
     noise_seed: int = checked(0, within(0, 2**32))
     train_size: int | None = checked(None, _check_size)
+    image_size: int | None = checked(None, _check_size)
 
     def read(self) -> tuple[Split, Split]:
         """The training and the test split, as they are on the disk."""
@@ -103,7 +106,12 @@ class InMemoryImages:
         if self.train_size is not None:
             train = train.at(subset(len(train.labels), self.train_size))
         noisy = with_label_noise(train.labels, classes, self.label_noise, self.noise_seed)
-        return Split(train.images, noisy), heldout
+        train = Split(train.images, noisy)
+        return (train, heldout) if self.image_size is None else (self._scaled(train), self._scaled(heldout))
+
+    def _scaled(self, split: Split) -> Split:
+        size = [self.image_size, self.image_size]
+        return Split(v2.functional.resize(split.images, size, antialias=True), split.labels)
 
 
 class _Batches(TensorDataset):
