@@ -1,7 +1,6 @@
 """What each of two ranks does: every check once, its result in a file. Started by test_two_ranks.py."""
 
 import copy
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -483,7 +482,6 @@ TAKING_TURNS = ("sam_sgd_every_2", "gsam_sgd", "looksam_sgd", "esam_sgd", "sassh
 def main(out: Path, steps: int | None = None) -> None:
     """Run the checks; with a number of steps, those of equal replicas alone, for so many steps each."""
     warnings.simplefilter("ignore")
-    dist.initialize_dist("cpu")
     if steps is not None:
         run_checks(
             {f"{check}[{m}]": lambda c=check, m=m: WHAT_KEEPS[c](m, steps) for check, m in REPLICAS}, out
@@ -519,7 +517,3 @@ def main(out: Path, steps: int | None = None) -> None:
     run_checks(
         checks, out, double=lambda name: name.startswith(("separable", "one_process", "gsam_combines"))
     )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
