@@ -7,7 +7,7 @@ demo = ["scikit-learn>=1.4", "matplotlib>=3.8", "scipy>=1.11", "jinja2>=3.1", "t
 # What mosaicml 0.32 allows; transformers 4.53 is the last that it does.
 nlp = ["transformers>=4.46,<4.54", "datasets>=2.20,<5"]
 tools = ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
-dev = [*demo, *nlp, *tools, "pytest>=8", "pytest-timeout>=2.3"]
+dev = [*demo, *nlp, *tools, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
 
 setup(
     name="composer_sassha",

@@ -6,15 +6,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What deterministic_mode needs. Before the first product on a GPU: it is read then, and not again.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest
-import torch
+from functools import cache
 
-from tests.helpers import float16_on_cpu
+import pytest
+
+# What is imported within the fixtures takes seconds, and the process that hands out tests needs none of it.
 
 
 @pytest.fixture
 def float64():
     """Run a test in double precision: the Trainer adds up losses in the default dtype."""
+    import torch
+
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -23,10 +26,24 @@ def float64():
 @pytest.fixture
 def half():
     """Train in float16 on the CPU: the settings for a Trainer."""
+    from tests.helpers import float16_on_cpu
+
     with float16_on_cpu() as settings:
         yield settings
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _asked_once():
+    """Each Trainer, each checkpoint asks whence Composer was installed, which looks at hundreds of files."""
+    from composer.utils import collect_env
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_composer_commit_hash", cache(collect_env.get_composer_commit_hash))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)

@@ -21,7 +21,6 @@ What Composer 0.32 itself does when it is killed around a checkpoint, with plain
 """
 
 import argparse
-import multiprocessing
 import os
 import pickle
 import random
@@ -33,8 +32,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -43,9 +40,10 @@ import torch
 from composer import Trainer
 from composer.core import Engine, Event
 from composer.optim import LinearScheduler
-from composer.utils import checkpoint, collect_env, dist, get_free_tcp_port
+from composer.utils import checkpoint, dist
 from torch import nn
 
+from tests.distributed.launch import finish, start, wait
 from tests.helpers import PASS_EVENTS, assert_same, digits, digits_network, everything, trainer
 from tests.methods import NAMED, Method, sgd
 
@@ -142,63 +140,7 @@ class Watch:
         return call
 
 
-# Starting, killing and comparing them
-
-
-@cache
-def server() -> Any:
-    """A process that has imported everything, and has no threads: its forks start in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers", "tests.methods"])
-    first = context.Process(target=int)
-    first.start()
-    first.join()
-    return context
-
-
-def start(ranks: int, log: Path, work: Callable[..., None], *args: Any) -> list[BaseProcess]:
-    """Start a process per rank that calls `work(*args)`."""
-    port = get_free_tcp_port()
-    processes = [
-        server().Process(target=_rank, args=(rank, ranks, port, log, work, args), daemon=True)
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def _rank(rank: int, ranks: int, port: int, log: Path, work: Callable[..., None], args: Any) -> None:
-    # Composer asks for them at every start and checkpoint, which takes longer than the training.
-    collect_env.get_cpu_model = collect_env.get_composer_commit_hash = str
-    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
-    if ranks > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-        all_ranks = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in (own | all_ranks).items()})
-        dist.initialize_dist("cpu")
-    work(*args)
-
-
-def wait(processes: Sequence[BaseProcess], seconds: float) -> None:
-    """Wait until all have ended, or one has failed, or the time is over."""
-    until = time.monotonic() + seconds
-    while (alive := [p for p in processes if p.is_alive()]) and not any(p.exitcode for p in processes):
-        if not connection.wait([p.sentinel for p in alive], max(0, until - time.monotonic())):
-            return
-
-
-def finish(processes: Sequence[BaseProcess]) -> bool:
-    """Wait for the end of all, and end the others if one fails. Return whether all have ended well."""
-    wait(processes, 300)
-    alive = [p for p in processes if p.is_alive()]
-    for process in alive:
-        process.terminate()
-    for process in alive:
-        process.join(3)
-        process.kill()
-        process.join()
-    return not any(p.exitcode for p in processes)
+# Killing and comparing them
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from composer_sassha.bench import main
 from composer_sassha.train import main as train
+from tests.distributed.launch import finish, start
 
 MISTAKES = [
     # arguments, and what the line on standard error must contain
@@ -221,20 +222,22 @@ def test_a_plan_of_one_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert "/ sam" in out and cells[1:5] == [0, 0, 0, 0] and cells[6] == 1
 
 
+def plan_in(folder: Path) -> None:
+    os.chdir(folder)
+    arguments = ["--plan", "--methods", "sassha", "--steps", "2", "model.width=4", "data.batch_size=8"]
+    with Path(f"../said{os.environ['RANK']}").open("w") as said, contextlib.redirect_stdout(said):
+        sys.exit(main(arguments))
+
+
 @pytest.mark.timeout(300)
 def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha.bench"]
-    done = subprocess.run(
-        [*command, "--plan", "--methods", "sassha", "--steps", "2", "model.width=4", "data.batch_size=8"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    out = done.stdout[: done.stdout.index("Left out")]
+    folder = tmp_path / "here"
+    folder.mkdir()
+    log = tmp_path / "log"
+    assert finish(start(2, log, plan_in, folder, meet=False)), log.read_text()
+    said, other_said = ((tmp_path / f"said{rank}").read_text() for rank in range(2))
+    assert other_said == ""
+    out = said[: said.index("Left out")]
     assert out.startswith("digits on 2 ranks of 4 samples each, link ")
     assert out.splitlines()[1].split()[-3:] == ["/", "sgd", "off"]
     found = rows(out)
@@ -243,4 +246,4 @@ def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:
         # Both ratios are printed to within half a hundredth, and the percentage to half of one.
         rounded = 0.5 + 100 * (ratio + 0.005) / (true - 0.005) - 100 * ratio / true
         assert measured > 0 and off == pytest.approx(100 * (ratio / true - 1), abs=rounded)
-    assert found["sgd"][6:9:2] == [1, 1] and not list(tmp_path.iterdir())
+    assert found["sgd"][6:9:2] == [1, 1] and not list(folder.iterdir())

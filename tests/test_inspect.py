@@ -42,6 +42,24 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def measured(trained: Path, tmp_path_factory) -> Path:
+    """The same, with one run measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    shutil.copytree(trained / "runs", folder / "runs", symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder_measured(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(measured / "runs", tmp_path / "runs", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -152,7 +170,7 @@ def test_the_section_is_put_into_a_report_that_is_there(folder: Path) -> None:
     assert after[:begin] + "<!-- sharpness -->" + after[end:] == before
 
 
-def test_the_training_split_is_another_one_and_stays_the_same(folder: Path) -> None:
+def test_the_training_split_is_another_one_and_stays_the_same(folder: Path, measured: Path) -> None:
     assert inspect.main(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
     path = folder / "runs/digits/sharpness.json"
     first = path.read_text()
@@ -160,18 +178,15 @@ def test_the_training_split_is_another_one_and_stays_the_same(folder: Path) -> N
     path.unlink()
     assert inspect.main(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
     assert path.read_text() == first, "the same samples, augmented in the same way"
-    path.unlink()
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
-    assert found(folder)["runs"]["sgd/seed0"]["numbers"]["loss"] != losses
+    assert found(measured)["runs"]["sgd/seed0"]["numbers"]["loss"] != losses
 
 
-def test_a_run_that_was_trained_again_is_measured_again(folder: Path) -> None:
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
-    before = found(folder)["runs"]["sgd/seed0"]
+def test_a_run_that_was_trained_again_is_measured_again(folder_measured: Path) -> None:
+    before = found(folder_measured)["runs"]["sgd/seed0"]
     own, other = (next(Path(f"runs/digits/sgd/seed{k}/checkpoints").glob("ep*")) for k in (0, 1))
     shutil.copy(other, own)
     assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
-    after = found(folder)["runs"]["sgd/seed0"]
+    after = found(folder_measured)["runs"]["sgd/seed0"]
     assert after["numbers"]["loss"] != before["numbers"]["loss"]
 
 
@@ -247,8 +262,8 @@ def test_a_missing_data_set_is_one_line(folder: Path, capsys) -> None:
     assert not (folder / "runs/digits/sharpness.json").exists()
 
 
-def test_what_was_measured_otherwise_is_not_mixed(folder: Path, capsys) -> None:
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
+def test_what_was_measured_otherwise_is_not_mixed(folder_measured: Path, capsys) -> None:
+    folder = folder_measured
     message = refused(["runs/digits/sam/seed0", *QUICK, "--samples", "50"], folder, capsys)
     assert "another samples (40 there, 50 here)" in message
     path = folder / "runs/digits/sharpness.json"

@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from composer_sassha.train import main
+from tests.distributed.launch import start
 
 QUICK = ["digits", "method=sgd", "max_duration=2ep", "progress_bar=false"]
 MISTAKES = [
@@ -259,19 +260,24 @@ def test_two_ranks_do_the_same_job(folder: Path) -> None:
     assert results["accuracy"] > 0.3  # a tenth would be chance
 
 
+def train_in(folder: Path, argv: list[str]) -> None:
+    os.chdir(folder)
+    sys.exit(main(argv))
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_the_run_and_says_how_to_go_on(
     folder: Path, sent: signal.Signals, status: int
 ) -> None:
-    command = [sys.executable, "-m", "composer_sassha.train", *QUICK, "max_duration=500ep"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        metrics = folder / "runs/digits/sgd/seed0/metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            time.sleep(0.1)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == status
+    log = folder / "log"
+    (process,) = start(1, log, train_in, folder, [*QUICK, "max_duration=500ep"])
+    metrics = folder / "runs/digits/sgd/seed0/metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.kill(process.pid, sent)
+    process.join(60)
+    assert process.exitcode == status
+    err = log.read_text()
     assert err == "interrupted; the same command continues the run from its last checkpoint, if it has one\n"
 
 

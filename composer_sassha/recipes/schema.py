@@ -156,7 +156,7 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
                 f"{prefix}{key}: unknown key{did_you_mean(key, known, prefix)} ({owner} takes: {takes})"
             )
         try:
-            config = OmegaConf.merge(config, {key: value})
+            config.merge_with({key: value})
         except (OmegaConfBaseException, TypeError) as error:
             raise ConfigError(f"{prefix}{key}={value}: {str(error).splitlines()[0]}") from error
     for key, f in known.items():

@@ -1,33 +1,99 @@
-"""Checks that real processes run: one launch goes through all of them, the tests read what came out."""
+"""Real processes over gloo. Two go through many checks in one launch, and the tests read the results."""
 
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from composer.utils import dist
+from composer.utils import collect_env, dist, get_free_tcp_port
+
+# The processes
 
 
-def launch(module: str, out: Path, *arguments: str, ranks: int = 2, timeout: float = 540) -> str:
-    """Run a module of checks in so many processes, over gloo. Return what they wrote beside the results."""
-    root = Path(__file__).parents[2]
-    launcher = Path(sys.executable).with_name("composer")
-    logs = ["--stdout", out / "stdout{rank}", "--stderr", out / "stderr{rank}"]
-    finished = subprocess.run(
-        [launcher, "-n", str(ranks), *logs, "-m", module, out, *arguments],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    written = [path.read_text()[-2000:] for path in out.glob("std*")]
-    return "".join([finished.stdout[-2000:], finished.stderr[-2000:], *written])
+@cache
+def server() -> Any:
+    """A process that has imported everything, and has no threads: its forks start in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers", "tests.methods"])
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    return context
+
+
+def start(
+    ranks: int, log: Path, work: Callable[..., None], *args: Any, nodes: int = 1, meet: bool = True
+) -> list[BaseProcess]:
+    """Start a process per rank that calls `work(*args)`.
+
+    Args:
+        ranks: their number; a single one gets the environment of a program without a launcher.
+        log: where what they say on standard error goes.
+        work: a function of a module.
+        args: of it.
+        nodes: among which the ranks are divided, as far as they can tell. Default: 1.
+        meet: whether the ranks have met when the work begins, or are left to do it. Default: True.
+    """
+    port, local = get_free_tcp_port(), ranks // nodes
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = [{"RANK": rank, "LOCAL_RANK": rank % local, "NODE_RANK": rank // local} for rank in range(ranks)]
+    environments = [{key: str(value) for key, value in (shared | each).items()} for each in own]
+    processes = [
+        server().Process(target=_rank, args=(log, environment, meet, work, args), daemon=True)
+        for environment in (environments if ranks > 1 else [{}])
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(log: Path, environment: dict[str, str], meet: bool, work: Callable[..., None], args: Any) -> None:
+    # Composer asks for them at every start and checkpoint, which takes longer than the training.
+    collect_env.get_cpu_model = collect_env.get_composer_commit_hash = str
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
+    os.environ.update(environment)
+    if environment and meet:
+        dist.initialize_dist("cpu")
+    work(*args)
+
+
+def wait(processes: Sequence[BaseProcess], seconds: float) -> None:
+    """Wait until all have ended, or one has failed, or the time is over."""
+    until = time.monotonic() + seconds
+    while (alive := [p for p in processes if p.is_alive()]) and not any(p.exitcode for p in processes):
+        if not connection.wait([p.sentinel for p in alive], max(0, until - time.monotonic())):
+            return
+
+
+def finish(processes: Sequence[BaseProcess], seconds: float = 300) -> bool:
+    """Wait for the end of all, and end the others if one fails. Return whether all have ended well."""
+    wait(processes, seconds)
+    alive = [p for p in processes if p.is_alive()]
+    for process in alive:
+        process.terminate()
+    for process in alive:
+        process.join(3)
+        process.kill()
+        process.join()
+    return not any(p.exitcode for p in processes)
+
+
+# The checks
+
+
+def launch(work: Callable[..., None], out: Path, *arguments: Any, seconds: float = 540) -> str:
+    """Have two ranks do `work(out, *arguments)`, which leaves results there. Return what else they said."""
+    finish(start(2, out / "log", work, out, *arguments), seconds)
+    return (out / "log").read_text()[-4000:]
 
 
 def run_checks(

@@ -1,7 +1,6 @@
 """What each of two ranks does with sharded parameters (FSDP2). Started by test_sharded.py."""
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -425,7 +424,6 @@ OTHERS = [
 
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
-    dist.initialize_dist("cpu")
     checks = {f"agrees[{name}]": lambda name=name: agrees(name) for name in PERTURBED}
     for estimator, rho in ESTIMATED:
         checks[f"curvature_agrees[{estimator}-{rho}]"] = lambda e=estimator, r=rho: curvature_agrees(e, r)
@@ -447,7 +445,3 @@ def main(out: Path) -> None:
         )
     checks.update({check.__name__: check for check in OTHERS})
     run_checks(checks, out, double=lambda name: "agrees" in name)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from composer.utils import dist
 
+from tests.distributed.launch import finish, start
 from tests.helpers import assert_same, copied
-from tests.interruptions import METHODS, Death, build, finish, interrupted, start, whole
+from tests.interruptions import METHODS, Death, build, interrupted, whole
 
 KILLED = ["sassha", "msassha", "gsam_sgd", "looksam_sgd", "esam_sgd", "none_adahessian", "none_sophia"]
 

@@ -13,6 +13,7 @@ from tests.distributed.sharded import (
     OTHERS,
     PERTURBED,
     loads,
+    main,
     save,
 )
 
@@ -36,7 +37,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
     for name in ACROSS:
         save(name, out / "from_one" / name)
-    return out, launch("tests.distributed.sharded", out)
+    return out, launch(main, out)
 
 
 @pytest.mark.timeout(600)  # the first waits for all

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tests.distributed.launch import launch
-from tests.distributed.traffic import CASES, CountedStep
+from tests.distributed.traffic import CASES, CountedStep, main
 
 # Until then DDP has not yet sorted its buckets by the order in which the gradients come.
 SETTLED = 3
@@ -15,7 +15,7 @@ SETTLED = 3
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     out = tmp_path_factory.mktemp("traffic")
-    return out, launch("tests.distributed.traffic", out)
+    return out, launch(main, out)
 
 
 def counted(launched, case: str, rank: int = 0) -> list[CountedStep]:

@@ -14,13 +14,12 @@ from composer.utils import dist, get_free_tcp_port
 
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import run
+from tests.distributed.launch import finish, start, wait
 from tests.helpers import assert_same
-from tests.interruptions import finish, start
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["max_duration=12ba", "save_interval=5ba", "progress_bar=false"]
 TRAIN = f"-m composer_sassha.train digits {' '.join(SETTINGS)}"
-BREAK = "-m tests.distributed.test_two_nodes"  # the end of this file
 
 # What is run on each node; $NODE is its number.
 COMPOSER = "composer --world_size 2 --node_rank $NODE -n 1 --master_addr 127.0.0.1 --master_port $PORT"
@@ -77,9 +76,12 @@ def test_two_nodes_do_the_job_of_one(launcher, one_node, tmp_path):
 
 
 def test_the_same_commands_continue_after_a_node_has_broken_down(one_node, tmp_path):
-    broken = on_two_nodes(f"{SLURM} {BREAK}", tmp_path)
-    assert all(status != 0 for status, _ in broken)
-    assert list(tmp_path.glob("runs/digits/sassha/seed0/checkpoints/ep0-ba5-rank0.pt")), broken
+    log = tmp_path.with_suffix(".log")
+    broken = start(2, log, break_down_in, tmp_path, nodes=2, meet=False)
+    wait(broken, seconds=240)
+    broken[0].join(240)
+    assert all(node.exitcode for node in broken), "the other one notices"
+    assert list(tmp_path.glob("runs/digits/sassha/seed0/checkpoints/ep0-ba5-rank0.pt")), log.read_text()
     (status, said), (other_status, other_said) = on_two_nodes(f"{SLURM} {TRAIN}", tmp_path)
     assert status == other_status == 0, said + other_said
     same_end(one_node, tmp_path)
@@ -113,5 +115,6 @@ class Breakdown(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def break_down_in(folder: Path) -> None:
+    os.chdir(folder)
     run(load_recipe("digits", SETTINGS), [Breakdown()])

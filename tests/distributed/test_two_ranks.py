@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.launch import assert_passed, launch
-from tests.distributed.worker import FAULTS, REPLICAS, STRATEGIC, TAKING_TURNS
+from tests.distributed.worker import FAULTS, REPLICAS, STRATEGIC, TAKING_TURNS, main
 from tests.methods import METHODS
 
 CHECKS = [
@@ -25,7 +25,7 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
-    return out, launch("tests.distributed.worker", out)
+    return out, launch(main, out)
 
 
 @pytest.mark.timeout(600)  # the first waits for all
@@ -38,6 +38,6 @@ def test_on_two_ranks(check, results):
 @pytest.mark.timeout(7200)
 def test_replicas_are_equal_after_500_steps(tmp_path):
     """Of every method: with overflows, and without gradients, on one rank."""
-    log = launch("tests.distributed.worker", tmp_path, "500", timeout=7000)
+    log = launch(main, tmp_path, 500, seconds=7000)
     for check, method in REPLICAS:
         assert_passed(f"{check}[{method}]", tmp_path, log)

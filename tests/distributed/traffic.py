@@ -1,4 +1,4 @@
-"""Counts the collectives that a Trainer really issues. As a program, for every case on each of two ranks.
+"""Counts the collectives that a Trainer really issues. `main` does so for every case on each of two ranks.
 
     with CountedCollectives() as counted:
         trainer.fit()
@@ -8,7 +8,6 @@ A case's result is a file: per step, its kind, what was issued, and what `benchm
 """
 
 import json
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -161,7 +160,6 @@ CASES: dict[str, Callable[[], list[CountedStep]]] = {
 
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
-    dist.initialize_dist("cpu")
     for name, case in CASES.items():
         try:
             result = json.dumps(case())
@@ -170,7 +168,3 @@ def main(out: Path) -> None:
         (out / f"{name}.rank{dist.get_global_rank()}").write_text(result)
         if result[0] != "[":
             break  # the other rank may be waiting in a collective that this one has left: end both
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

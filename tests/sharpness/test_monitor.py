@@ -20,7 +20,7 @@ from composer_sassha.sharpness import monitor as module
 from tests.distributed.launch import assert_passed, launch
 from tests.helpers import Injected, assert_same, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
-from tests.sharpness.worker import CHECKS
+from tests.sharpness.worker import CHECKS, main
 
 QUICK = Measures(eigenvalues=2, trace_samples=2, m=(4,), directions=2)
 NAMES = {"loss", "full_grad_norm", "surrogate_gap", "gap_eigenvalue", "sam", "asam", "average"}
@@ -285,7 +285,7 @@ def test_what_cannot_be_measured_is_refused_when_the_training_starts():
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
-    return out, launch("tests.sharpness.worker", out)
+    return out, launch(main, out)
 
 
 @pytest.mark.parametrize("check", CHECKS)

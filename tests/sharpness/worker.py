@@ -1,6 +1,5 @@
 """What each of two ranks does. Started by test_monitor.py."""
 
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -116,9 +115,4 @@ CHECKS = {
 
 def main(out: Path) -> None:
     warnings.simplefilter("ignore")
-    dist.initialize_dist("cpu")
     run_checks(CHECKS, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
