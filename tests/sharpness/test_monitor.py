@@ -73,6 +73,18 @@ def test_it_is_equal_after_resuming_in_mid_epoch(name, tmp_path):
     assert_same(*ends)
 
 
+def test_a_measurement_before_the_checkpoint_is_not_repeated(tmp_path):
+    """The fourth step ends an epoch and the training: each would be a reason to measure."""
+    settings = {"eval_dataloader": loader(), "max_duration": "1ep"}
+    saving = {"save_folder": str(tmp_path), "save_interval": "4ba"}
+    logs = [InMemoryLogger(), InMemoryLogger()]
+    for log, more in zip(logs, (saving, {"load_path": f"{tmp_path}/ep0-ba4-rank0.pt"}), strict=True):
+        done = trainer(sgd, **settings, callbacks=[monitor(interval="4ba")], loggers=log, **more)
+        done.fit()
+        done.close()
+    assert [list(logged(log, "sharpness/sam")) for log in logs] == [[4], []]
+
+
 def test_what_is_logged_is_what_measuring_gives():
     log, data = InMemoryLogger(), loader()
     model = network()
@@ -133,7 +145,7 @@ def test_it_measures_at_its_interval_and_once_at_the_end(interval, duration, ste
     done.close()
 
 
-def test_a_run_logs_it_beside_the_evaluation_of_the_same_moment(tmp_path, monkeypatch):
+def test_a_run_logs_it_before_the_evaluation_of_the_same_moment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ["method=sgd", "max_duration=2ep", "model.width=2", "progress_bar=false"]
     recipe = load_recipe("digits", settings)
@@ -141,8 +153,10 @@ def test_a_run_logs_it_beside_the_evaluation_of_the_same_moment(tmp_path, monkey
     lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "sharpness/lambda_max" in record]
     assert [(r["batch"], r["epoch"]) for r in records] == [(11, 1), (22, 2)]
-    for record in records:
-        assert record["metrics/test/CrossEntropy"] == pytest.approx(record["sharpness/loss"], rel=1e-5)
+    evaluations = [record for record in map(json.loads, lines) if "metrics/test/CrossEntropy" in record]
+    assert [(r["batch"], r["epoch"]) for r in evaluations] == [(11, 1), (22, 2)]
+    for measured, evaluated in zip(records, evaluations, strict=True):
+        assert measured["sharpness/loss"] == pytest.approx(evaluated["metrics/test/CrossEntropy"], rel=1e-5)
 
 
 def test_time_that_is_over_ends_the_measurement(monkeypatch):
@@ -230,6 +244,8 @@ def test_the_loader_of_the_user_wins_and_its_transforms_are_applied():
     ("settings", "message"),
     [
         ({"interval": "soon"}, "interval='soon'"),
+        ({"interval": "0ep"}, "interval='0ep'"),
+        ({"interval": "-1ba"}, "interval='-1ba'"),
         ({"batches": 0}, "batches=0"),
         ({"measures": 3}, "measures=3"),
         ({"max_seconds": 0}, "max_seconds=0"),
