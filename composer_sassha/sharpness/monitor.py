@@ -1,6 +1,7 @@
 """Sharpness while a Trainer trains."""
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +12,12 @@ from composer.core import Callback, DataSpec, Event, State, Time, ensure_data_sp
 from composer.devices import Device
 from composer.loggers import Logger
 from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
+from torch.utils.data import DistributedSampler
 
 from composer_sassha import _validate
 from composer_sassha._sharding import is_sharded
 from composer_sassha._validate import SettingError
-from composer_sassha.algorithms._batches import plain, size_of
+from composer_sassha.algorithms._batches import plain, select, size_of
 from composer_sassha.optim.passes import Snapshot
 from composer_sassha.sharpness.measure import Deadline, Measures, measure
 from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
@@ -33,9 +35,10 @@ class SharpnessMonitor(Callback):
 
     Logs `sharpness/<name>` for every name that `measure` lists, and `sharpness/seconds`, what it took. Where
     the time was over, or a gradient was not finite, a name is absent. All sums go over all ranks, each of
-    which has its own share of the loader. At the end of the chosen epochs, the table `sharpness/spectrum`
-    has a row for each eigenvalue and its weight, and `sharpness/spectrum_seconds` is what it took; the
-    attribute `spectra` has each epoch's `Spectrum`.
+    which has its own share of the loader; samples that a `DistributedSampler` repeats, to have as many on
+    each, count once. At the end of the chosen epochs, the table `sharpness/spectrum` has a row for each
+    eigenvalue and its weight, and `sharpness/spectrum_seconds` is what it took; the attribute `spectra` has
+    each epoch's `Spectrum`.
 
     Args:
         interval: time between measurements, such as '1ep' or '500ba', > 0; also measured at the end of the
@@ -197,6 +200,9 @@ class SharpnessMonitor(Callback):
 def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any, int]]:
     """Take the first batches of a loader to the device, each with its number of samples.
 
+    Without those that a `DistributedSampler` repeats to have as many on every rank. A rank that has no others
+    takes a batch that counts for none, since the ranks measure together.
+
     Args:
         data: the loader.
         batches: at most so many; None: all.
@@ -206,10 +212,25 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
         SettingError: one has no tensor to count samples by.
     """
     taken: list[tuple[Any, int]] = []
+    left = _own(data.dataloader)
     for batch in islice(iter(data.dataloader), batches):
         batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
         count = size_of(batch)
         if not count:
             raise SettingError("sharpness: a batch has no tensor with samples in it; use another loader")
-        taken.append((batch, count))
+        own = min(count, left)
+        left -= own
+        if 0 < own < count:
+            batch = select(batch, slice(own), count)
+        if own or not taken:
+            taken.append((batch, own))
     return taken
+
+
+def _own(loader: Any) -> int:
+    """The number of a loader's samples that no other rank has."""
+    sampler = getattr(loader, "sampler", None)
+    # Without a batch size the items of the data set are batches, of any number of samples.
+    if isinstance(sampler, DistributedSampler) and loader.batch_size is not None:
+        return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    return sys.maxsize

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from composer.core import DataSpec
+from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger
 from composer.utils import MissingConditionalImportError
 from composer.utils.parallelism import FSDP2Config
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_sassha import SharpnessMonitor
 from composer_sassha._validate import SettingError
@@ -17,6 +18,7 @@ from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import run
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
 from composer_sassha.sharpness import monitor as module
+from composer_sassha.sharpness.monitor import take
 from tests.distributed.launch import assert_passed, launch
 from tests.helpers import Injected, assert_same, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
@@ -211,6 +213,27 @@ def test_an_exception_while_it_measures_leaves_the_model_as_it_was(when, monkeyp
         done.fit()
     assert_same(seen["before"], (everything(done), [m.training for m in model.modules()]))
     done.close()
+
+
+@pytest.mark.parametrize(("samples", "ranks"), [(7, 3), (7, 2), (8, 2), (2, 5)])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_samples_that_a_sampler_repeats_count_once(samples, ranks, batch_size):
+    data, seen = images(samples), []
+    for rank in range(ranks):
+        sampler = DistributedSampler(data, ranks, rank, shuffle=True)
+        assert len(sampler) * ranks >= samples
+        taken = take(DataSpec(DataLoader(data, batch_size, sampler=sampler)), None, DeviceCPU())
+        assert taken, "every rank takes part"
+        for (x, y), count in taken:
+            assert len(x) == len(y) == max(count, 1)
+            seen += [image.flatten().tolist() for image in x[:count]]
+    assert sorted(seen) == sorted(image.flatten().tolist() for image in data.tensors[0])
+
+
+def test_batches_that_a_data_set_has_made_are_taken_whole():
+    batches = [(torch.zeros(5, 1), torch.zeros(5)), (torch.ones(4, 1), torch.ones(4))]
+    loader = DataLoader(batches, batch_size=None, sampler=DistributedSampler(batches, 1, 0, shuffle=False))
+    assert [count for _, count in take(DataSpec(loader), None, DeviceCPU())] == [5, 4]
 
 
 def test_a_diverged_run_logs_its_loss_alone():
