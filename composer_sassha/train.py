@@ -17,6 +17,7 @@ examples:
   python -m composer_sassha.train                        the bundled digits recipe, with its own method
   python -m composer_sassha.train digits method=sgd seed=1
   python -m composer_sassha.train my.yaml optimizer.lr=0.1 algorithms.sassha.rho=0.3
+  python -m composer_sassha.train digits callbacks.sharpness_monitor.interval=5ep
   python -m composer_sassha.train runs/digits/sassha/seed0/config.yaml save_folder=again
   composer -n 2 -m composer_sassha.train digits          the same on two processes
 

@@ -409,6 +409,22 @@ def test_a_number_of_tuning_runs_does_not_make_another_run(
     assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
 
 
+def test_callbacks_make_neither_another_run_nor_an_unfair_comparison(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = OmegaConf.to_container(OmegaConf.load(bundled_recipes()["digits"]))
+    methods = {name: dict(recipe["methods"][name]) for name in ("sgd", "sam")}
+    methods["sam"] |= {"callbacks": {"sharpness_monitor": {"interval": "5ep"}}}
+    Path("own.yaml").write_text(yaml.safe_dump(recipe | {"methods": methods}, sort_keys=False))
+    assert compare.main(["own.yaml", "--table"]) == 0
+    out = capsys.readouterr().out
+    assert "warning" not in out and "All other settings are the same" in out
+    (watched,) = load_grid("digits", ["sgd"], [0], ["callbacks.sharpness_monitor={}"])
+    pretend(watched, [0.5, 0.9])
+    assert compare.main(["digits", "--methods", "sgd", "--seeds", "0", "--table"]) == 0
+    assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
+
+
 class Page(HTMLParser):
     """What a page loads or links to, its unclosed tags, and the text of its cells."""
 

@@ -66,6 +66,25 @@ MISTAKES = [
     (["schedules.rho={alpha_f: 0.1}"], ["schedules.rho.name: not given", "cosine"]),
     (["schedules=[rho]"], ["schedules=['rho']"]),
     (["algorithms=[sam]"], ["algorithms=['sam']"]),
+    (["callbacks.sharpnes_monitor={}"], ["callbacks.sharpnes_monitor", "did you mean sharpness_monitor?"]),
+    (
+        ["callbacks.sharpness_monitor.intervall=1ep"],
+        ["callbacks.sharpness_monitor.intervall", "did you mean callbacks.sharpness_monitor.interval?"],
+    ),
+    (
+        ["callbacks.sharpness_monitor.measures.eigenvalue=1"],
+        ["measures.eigenvalue:", "did you mean callbacks.sharpness_monitor.measures.eigenvalues?"],
+    ),
+    (["callbacks.sharpness_monitor=1ep"], ["callbacks.sharpness_monitor", "'1ep'", "mapping"]),
+    (["callbacks.sharpness_monitor.measures=null"], ["callbacks.sharpness_monitor.measures", "None"]),
+    (["callbacks.sharpness_monitor.measures.m=[0]"], ["callbacks.sharpness_monitor.measures", "m=0", ">= 1"]),
+    (["callbacks.sharpness_monitor.measures.tol=high"], ["sharpness_monitor.measures.tol=high", "Float"]),
+    (
+        ["callbacks.sharpness_monitor.interval=soon"],
+        ["callbacks.sharpness_monitor", "interval='soon'", "1ep"],
+    ),
+    (["callbacks.sharpness_monitor.interval=0ba"], ["callbacks.sharpness_monitor", "interval='0ba'"]),
+    (["callbacks.sharpness_monitor.batches=0"], ["callbacks.sharpness_monitor", "batches=0", ">= 1"]),
     (["algorithms.msassha={}"], ["perturbed twice (Sassha(", "and MSassha(", "keep one"]),
     (["method=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["optimizer", "momentum"]),
     (["model.depth=9"], ["model", "depth=9", "6n + 2", "8"]),
@@ -200,6 +219,71 @@ def test_a_run_leaves_everything_and_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+MEASURES = "{eigenvalues: 1, trace_samples: 0, m: [], directions: 0}"
+MONITOR = f"callbacks.sharpness_monitor={{interval: 4ba, batches: 1, measures: {MEASURES}}}"
+EPOCHS = MONITOR.replace("4ba", "1ep")
+
+
+def test_a_run_is_watched_by_a_callback_and_does_not_change(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*QUICK, "method=sassha", "eval_interval=2ep"]
+    spectrum = [f"callbacks.sharpness_monitor.spectrum_{name}" for name in ("epochs=[1]", "steps=3")]
+    assert main([*argv, MONITOR, *spectrum]) == 0
+    assert main([*argv, "save_folder=plain"]) == 0
+    runs = [folder / root / "digits/sassha/seed0" for root in ("runs", "plain")]
+    with_it, without = (json.loads((run / "results.json").read_text()) for run in runs)
+    for results in (with_it, without):
+        assert all(results.pop(f"{key}_per_step") > 0 for key in ("seconds", "processor_seconds"))
+        assert results.pop("seconds") > 0
+    assert with_it == without
+
+    with_it, without = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs
+    )
+    measured = [record for record in with_it if "sharpness/lambda_max" in record]
+    # In the records of the steps, and at the end of the training, which is that of an epoch, in its own.
+    clocks = [(record["batch"], record["epoch"], "seconds" in record) for record in measured]
+    assert clocks == [(k, k // 12, True) for k in (4, 8, 12, 16, 20)] + [(22, 2, False)]
+    (spectrum,) = (record for record in with_it if "sharpness/spectrum" in record)
+    assert (spectrum["batch"], spectrum["epoch"], len(spectrum["sharpness/spectrum"])) == (11, 1, 12)
+    names = {*measured[-1], *spectrum} - {"batch", "epoch"}
+    names |= (times := {"seconds", "processor_seconds"})
+    left = [{key: value for key, value in r.items() if key not in names} for r in with_it]
+    assert [r for r in left if r.keys() != {"batch", "epoch"}] == [
+        {key: value for key, value in r.items() if key not in times} for r in without
+    ]
+    assert with_it[-1]["metrics/test/CrossEntropy"] == pytest.approx(measured[-1]["sharpness/loss"], rel=1e-5)
+
+
+def test_callbacks_that_come_too_late_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [*QUICK, "max_duration=1ba"]
+    run = folder / "runs/digits/sgd/seed0"
+    assert main(quick) == 0
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("callbacks: {}\n", ""))  # as before there were any
+    assert text != (run / "config.yaml").read_text()
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(quick) == 0
+    capsys.readouterr()
+    for finished in (True, False):
+        message = refused([*quick, MONITOR], capsys)
+        assert "without the callbacks given here" in message and "save_folder" in message
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        if finished:
+            before.pop(run / "results.json")
+            (run / "results.json").unlink()
+    (run / "checkpoints/latest-rank0.pt").unlink()
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    assert main([*quick, MONITOR]) == 0  # it had nothing to lose
+    assert "sharpness/lambda_max" in (run / "metrics.jsonl").read_text()
+    assert main([*quick, MONITOR]) == 0 and main(quick) == 0  # the same run, with them or not
+    assert "with another" not in capsys.readouterr().err
+    assert "without the callbacks" in refused([*quick, EPOCHS], capsys)
+
+
 def test_the_baseline_is_compared_with_when_it_is_there(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,13 +335,18 @@ def test_two_ranks_do_the_same_job(folder: Path) -> None:
     command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha.train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [*command, *QUICK, "method=sassha"], capture_output=True, text=True, env=environment
+        [*command, *QUICK, "method=sassha", EPOCHS], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   2/2") == 1
     results = json.loads(Path("runs/digits/sassha/seed0/results.json").read_text())
     assert results["world_size"] == 2 and results["steps"] == 22
     assert results["accuracy"] > 0.3  # a tenth would be chance
+    lines = Path("runs/digits/sassha/seed0/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [r["sharpness/loss"] for r in records if "sharpness/lambda_max" in r]
+    evaluated = [r["metrics/test/CrossEntropy"] for r in records if "metrics/test/CrossEntropy" in r]
+    assert len(losses) == 2 and losses == pytest.approx(evaluated, rel=1e-5)
 
 
 def train_in(folder: Path, argv: list[str]) -> None:

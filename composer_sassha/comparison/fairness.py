@@ -19,6 +19,7 @@ _OF_NO_EFFECT = (
     "save_folder",
     "save_interval",
     "progress_bar",
+    "callbacks",
 )
 
 

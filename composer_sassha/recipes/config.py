@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from composer_sassha.recipes.algorithms import ALGORITHMS
+from composer_sassha.recipes.callbacks import CALLBACKS
 from composer_sassha.recipes.data import DATASETS
 from composer_sassha.recipes.errors import ConfigError, did_you_mean
 from composer_sassha.recipes.files import find_recipe
@@ -68,6 +69,7 @@ class Recipe:
         schedulers: the learning rate schedule (`schedulers.SCHEDULERS`), or None for a constant one.
         schedules: other hyperparameters by name, each with a schedule (`schedulers.SCHEDULES`) whose
             multiplier drives it: `schedules: {rho: {name: cosine, alpha_f: 0.1}}`.
+        callbacks: what watches the training without changing it, by name (`callbacks.CALLBACKS`).
         baseline: the method that step times are compared with.
         reported: what the paper reports for this method, of the metric that ranks; a share is in percent.
         tuning_runs: trainings that its hyperparameters were chosen from, >= 1, or None where that is not
@@ -92,6 +94,7 @@ class Recipe:
     algorithms: dict[str, Any] = field(default_factory=dict)
     schedulers: Any = None
     schedules: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     reported: float | None = None
     tuning_runs: int | None = checked(None, _check_count)
@@ -118,7 +121,8 @@ class Recipe:
             if plain[key] is not None:
                 plain[key] = _plain(registry, plain[key])
         plain["schedules"] = {name: _plain(SCHEDULES, schedule) for name, schedule in self.schedules.items()}
-        plain["algorithms"] = {name: asdict(algorithm) for name, algorithm in self.algorithms.items()}
+        for key in _BY_NAME:
+            plain[key] = {name: asdict(part) for name, part in getattr(self, key).items()}
         return OmegaConf.to_container(OmegaConf.create(plain))  # type: ignore[return-value]  # tuples to lists
 
     def flat_settings(self) -> dict[str, Any]:
@@ -151,6 +155,7 @@ _SECTIONS: dict[str, Mapping[str, type]] = {
     "optimizer": OPTIMIZERS,
     "schedulers": SCHEDULERS,
 }
+_BY_NAME: dict[str, Mapping[str, type]] = {"algorithms": ALGORITHMS, "callbacks": CALLBACKS}
 
 
 def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -267,7 +272,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _resolve(settings: dict[str, Any]) -> Recipe:
     """Check everything and turn each section into an instance of the dataclass that it names."""
-    for key in ("algorithms", "schedules"):
+    for key in (*_BY_NAME, "schedules"):
         if settings.get(key, {}) is None:
             settings[key] = {}
         if isinstance(settings.get(key), Mapping):  # null takes one away
@@ -277,9 +282,11 @@ def _resolve(settings: dict[str, Any]) -> Recipe:
         section = getattr(recipe, key)
         if section is not None or key != "schedulers":
             setattr(recipe, key, _component(registry, section, key))
-    for name, section in recipe.algorithms.items():
-        schema = lookup(ALGORITHMS, name, f"algorithms.{name}")
-        recipe.algorithms[name] = parse(schema, section, f"algorithms.{name}", owner=name)
+    for key, registry in _BY_NAME.items():
+        parts = getattr(recipe, key)
+        for name, section in parts.items():
+            where = f"{key}.{name}"
+            parts[name] = parse(lookup(registry, name, where), section, where, owner=name)
     for name, section in recipe.schedules.items():
         recipe.schedules[name] = _component(SCHEDULES, section, f"schedules.{name}")
     return recipe

@@ -18,7 +18,8 @@ from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.run_log import write_atomically
 
 LATEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
-_NOT_COMPARED = {"progress_bar", "save_folder", "tuning_runs"}  # they do not change what a run computes
+# These do not change what a run computes.
+_NOT_COMPARED = {"progress_bar", "save_folder", "tuning_runs", "callbacks"}
 _ELSEWHERE = "choose another save_folder, such as save_folder=runs2"
 
 T = TypeVar("T")
@@ -47,20 +48,30 @@ def earlier_results(recipe: Recipe) -> dict[str, Any] | None:
         return None
     now = recipe.flat_settings()
     try:
-        before = load_recipe(config).flat_settings()
+        earlier = load_recipe(config)
     except ConfigError as error:
         raise ConfigError(
             f"{recipe.folder}: holds a run that cannot be read ({error}); {_ELSEWHERE}"
         ) from error
+    before = earlier.flat_settings()
     different = [
         f"{key} ({before.get(key)} there, {now.get(key)} here)"
         for key in sorted(before.keys() | now.keys())
-        if key not in _NOT_COMPARED and (key in before, before.get(key)) != (key in now, now.get(key))
+        if key.split(".")[0] not in _NOT_COMPARED
+        and (key in before, before.get(key)) != (key in now, now.get(key))
     ]
-    if different and not results.exists() and not any(recipe.folder.glob("checkpoints/*")):
+    # With other callbacks it is the same run. But those that are asked for now cannot measure any more what
+    # has been trained, and it would be wrong to go on, or to be done, as if they had.
+    unmeasured = bool(recipe.callbacks) and recipe.callbacks != earlier.callbacks
+    if (different or unmeasured) and not results.exists() and not any(recipe.folder.glob("checkpoints/*")):
         return None  # it ended before it had anything to lose
     if different:
         raise ConfigError(f"{recipe.folder}: holds a run with another {', '.join(different)}; {_ELSEWHERE}")
+    if unmeasured:
+        raise ConfigError(
+            f"{recipe.folder}: holds this run without the callbacks given here, which cannot measure what is "
+            f"trained already; leave them out, or {_ELSEWHERE}"
+        )
     if not results.exists():
         return None
     found = read_results(results)

@@ -50,7 +50,7 @@ def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
 
     Args:
         recipe: from `load_recipe`.
-        callbacks: additional Composer callbacks.
+        callbacks: Composer callbacks beside the recipe's own.
 
     Raises:
         ConfigError: the recipe cannot be run, or its folder holds another run. Nothing was written.
@@ -78,6 +78,7 @@ class _Parts:
     model: ComposerModel
     optimizer: Optimizer
     algorithms: list[Algorithm]
+    callbacks: list[Callback]
     scheduler: ComposerScheduler | None
     train: DataLoader
     heldout: Evaluator
@@ -104,6 +105,10 @@ def _build(recipe: Recipe) -> _Parts:
     for name, schedule in recipe.schedules.items():
         with config_errors(f"schedules.{name}"):
             algorithms.append(Schedule(name, schedule.build()))
+    callbacks = []
+    for name, callback in recipe.callbacks.items():
+        with config_errors(f"callbacks.{name}"):
+            callbacks.append(callback.build())
     if hasattr(optimizer, "update_curvature") and not any(
         hasattr(p, "curvature") for p in _checks.parts(algorithms)
     ):
@@ -122,7 +127,7 @@ def _build(recipe: Recipe) -> _Parts:
         raise ConfigError(f"model: it does not fit the data: {error}") from error
     if isinstance(batch, Mapping) and "label_smoothing" in recipe.algorithms:  # which looks for batch[1]
         raise ConfigError("algorithms.label_smoothing: is not for texts; set algorithms.label_smoothing=null")
-    return _Parts(model.train(), optimizer, algorithms, scheduler, train, heldout)
+    return _Parts(model.train(), optimizer, algorithms, callbacks, scheduler, train, heldout)
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -239,7 +244,7 @@ def _new_trainer(
         optimizers=parts.optimizer,
         schedulers=parts.scheduler,
         algorithms=parts.algorithms,
-        callbacks=[LRMonitor(), RankZeroBuffers(), *callbacks],
+        callbacks=[LRMonitor(), RankZeroBuffers(), *parts.callbacks, *callbacks],
         loggers=log,
         max_duration=recipe.max_duration,
         eval_interval=recipe.eval_interval,
@@ -269,7 +274,7 @@ def _write_results(recipe: Recipe, trainer: Trainer, log: RunLog) -> dict[str, A
         "metrics": [metric.torchmetric for metric in log.metrics],  # the first one ranks the methods
         "heldout": log.heldout_label,
         "reported": recipe.reported,
-        "seconds": state.timestamp.total_wct.total_seconds(),
+        "seconds": log.seconds(state.timestamp),
         "seconds_per_step": log.seconds_per_step(),
         "processor_seconds_per_step": log.seconds_per_step("processor_seconds"),
         "steps": state.timestamp.batch.value,

@@ -19,6 +19,7 @@ from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.metrics import Metric
 
 TRAIN_LOSS = "loss/train/total"
+TIMES = ("sharpness/seconds", "sharpness/spectrum_seconds")  # what callbacks say that they took
 Values = dict[str, float | None]  # metrics by name; None stands for one that was not finite
 
 
@@ -32,11 +33,12 @@ def write_atomically(path: Path, text: str) -> None:
 class RunLog(LoggerDestination):
     """Collects the metrics of a run in `records` and appends each record to a JSON-lines file.
 
-    A record holds what was logged in one step or in one evaluation. `batch` steps had been taken then, and
-    `epoch` epochs completed; `seconds` is the time of the step from the moment its data is there, and
-    `processor_seconds` what this process had of a processor in it. A checkpoint remembers how many records
-    there were, so a resumed run drops what came later and repeats it.
-    Only rank 0 has records, writes and prints.
+    A record holds what was logged in one step, by callbacks at the end of one epoch, or in one evaluation.
+    `batch` steps had been taken then, and `epoch` epochs completed; `seconds` is the time of the step from
+    the moment its data is there, without what a callback measured, and `processor_seconds` what this process
+    had of a processor in it, where no callback measured. A table is a list of rows. A checkpoint remembers
+    how many records there were, so a resumed run drops what came later and repeats it. Only rank 0 has
+    records, writes and prints.
 
     Args:
         path: the JSON-lines file.
@@ -52,7 +54,9 @@ class RunLog(LoggerDestination):
         self._path = path
         self.heldout_label = heldout
         self.metrics = metrics
-        self._pending: dict[str, float | None] = {}
+        self._pending: dict[str, Any] = {}
+        self._measuring = 0.0  # seconds in which callbacks measured, and which Composer's clock has counted
+        self._just_measured = 0.0  # since this step began
         self._resumed_records = 0
         self._step_start = self._processor_start = 0.0
         self._progress_bar = progress_bar
@@ -65,12 +69,20 @@ class RunLog(LoggerDestination):
         values = {name: float(value) for name, value in metrics.items() if not name.startswith("time/")}
         # JSON has no NaN and no infinity.
         self._pending |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._just_measured += sum(values.get(name, 0.0) for name in TIMES)
+
+    def log_table(
+        self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None
+    ) -> None:
+        self._pending[name] = rows
 
     def state_dict(self) -> dict[str, Any]:
-        return {"records": len(self.records), "world_size": dist.get_world_size()}
+        size = dist.get_world_size()
+        return {"records": len(self.records), "world_size": size, "measuring": self._measuring}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resumed_records = state["records"]
+        self._measuring = state.get("measuring", 0.0)  # of an earlier version: none
         before, now = state["world_size"], dist.get_world_size()
         if before != now and dist.get_global_rank() == 0:
             print(f"begun on {before} processes, continued on {now}: it ends otherwise than on {before}")
@@ -109,18 +121,25 @@ class RunLog(LoggerDestination):
         )
 
     def batch_start(self, state: State, logger: Logger) -> None:
+        self._measuring += self._just_measured  # Composer's clock counts it into the step that begins
+        self._just_measured = 0.0
         self._step_start, self._processor_start = time.perf_counter(), time.process_time()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._pending["seconds"] = time.perf_counter() - self._step_start
-        self._pending["processor_seconds"] = time.process_time() - self._processor_start
+        self._pending["seconds"] = time.perf_counter() - self._step_start - self._just_measured
+        if not self._just_measured:
+            self._pending["processor_seconds"] = time.process_time() - self._processor_start
         self._write(state)
         self._bar.update()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        # Composer repeats the training metrics of the last step; what is new belongs to the coming record.
-        last = self.records[-1] if self.records else {}
+        # Composer repeats the training metrics of the last step. What is new is written at once: the next
+        # thing may be a checkpoint, or another step.
+        steps = (record for record in reversed(self.records) if "seconds" in record)
+        last: dict[str, Any] = next(steps, {})
         self._pending = {name: value for name, value in self._pending.items() if name not in last}
+        if self._pending:
+            self._write(state)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         self._write(state)
@@ -148,11 +167,11 @@ class RunLog(LoggerDestination):
         total = f"/{end.value}" if end is not None and end.unit == TimeUnit.EPOCH else ""
         losses = [number(r[TRAIN_LOSS]) for r in self.records if r["epoch"] == epoch - 1 and TRAIN_LOSS in r]
         line = f"epoch {epoch:>3}{total}  train loss {fmean(losses):.4f}"
-        last = self.records[-1]
-        if last["batch"] == state.timestamp.batch.value and (values := self._values(last)) is not None:
+        if self.evaluated_at(state.timestamp):
+            _, values = self.heldout()[-1]
             for metric in reversed(self.metrics):
                 line += f"  {self.heldout_label} {metric.text(number(values[metric.name]))}"
-        return f"{line}  {state.timestamp.total_wct.total_seconds():.1f} s"
+        return f"{line}  {self.seconds(state.timestamp):.1f} s"
 
     # What the records say
 
@@ -169,6 +188,10 @@ class RunLog(LoggerDestination):
         """Whether the last evaluation saw the weights of this moment."""
         evaluations = self.heldout()
         return bool(evaluations) and evaluations[-1][0] == now.batch.value
+
+    def seconds(self, now: Timestamp) -> float:
+        """The time of the training, without evaluations and what callbacks measured."""
+        return now.total_wct.total_seconds() - self._measuring
 
     def seconds_per_step(self, clock: str = "seconds") -> float | None:
         """The time of a step: the median over blocks of 50 steps of the mean within the block.

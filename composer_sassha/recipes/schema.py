@@ -6,9 +6,9 @@ OmegaConf checks the types. What a type cannot say (a range, a list of choices) 
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass, replace
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from composer.core import Time
 from omegaconf import OmegaConf
@@ -43,15 +43,20 @@ def arguments_of(built: type, without: Collection[str] = ()) -> type:
     """
     hints = get_type_hints(built.__init__)  # type: ignore[misc]  # of this very class
     settings = [
-        (name, hints[name], field(default=MISSING if p.default is p.empty else p.default))
+        (name, _as_known(hints[name]), field(default=MISSING if p.default is p.empty else p.default))
         for name, p in inspect.signature(built).parameters.items()
         if name not in without
     ]
 
     def build(self: Any, *others: Any) -> Any:
-        return built(*others, **asdict(self))
+        return built(*others, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     return make_dataclass(built.__name__, settings, namespace={"__doc__": built.__doc__, "build": build})
+
+
+def _as_known(hint: Any) -> Any:
+    """The type that OmegaConf knows for a sequence of any kind."""
+    return tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint  # type: ignore[misc]
 
 
 def at_least(low: float) -> Check:
@@ -137,7 +142,8 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     """Make an instance of the dataclass `schema` from `settings`, with its defaults filled in.
 
     Args:
-        schema: a dataclass; its field types and `checked` fields say what is valid.
+        schema: a dataclass; its field types, `checked` fields and `__post_init__` say what is valid. A field
+            that is a dataclass itself is made of a mapping in the same way.
         settings: a mapping of field names to values.
         where: the dotted place of the settings in the recipe, for messages; "" is the top level.
         owner: what takes these settings, for messages.
@@ -148,6 +154,7 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     settings = mapping(settings, where or "the recipe")
     prefix = f"{where}." if where else ""
     known: dict[str, Field[Any]] = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
+    hints, parts = get_type_hints(schema), {}
     config = OmegaConf.structured(schema)
     for key, value in settings.items():
         if key not in known:
@@ -155,6 +162,9 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
             raise ConfigError(
                 f"{prefix}{key}: unknown key{did_you_mean(key, known, prefix)} ({owner} takes: {takes})"
             )
+        if is_dataclass(hints[key]):
+            parts[key] = parse(hints[key], value, prefix + key, owner=key)
+            continue
         try:
             config.merge_with({key: value})
         except (OmegaConfBaseException, TypeError) as error:
@@ -169,7 +179,11 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
                 check(value)
             except ValueError as error:
                 raise ConfigError(f"{prefix}{key}={value}: {error}") from error
-    return OmegaConf.to_object(config)  # type: ignore[return-value]
+    try:
+        made: Any = OmegaConf.to_object(config)
+        return replace(made, **parts)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where or 'the recipe'}: {error}") from error
 
 
 def lookup(registry: Mapping[str, type], name: Any, where: str) -> type:

@@ -67,8 +67,9 @@ class Measures:
         _validate.number(owner, "tol", self.tol, low=1e-15)
         _validate.number(owner, "asam_rho", self.asam_rho, low=0)
         positive("rho", self.rho)
-        if not isinstance(self.m, tuple):
+        if not isinstance(self.m, (tuple, list)):
             raise TypeError(f"{owner}: m={self.m!r} is not allowed; it must be a tuple such as (16, 64)")
+        object.__setattr__(self, "m", tuple(self.m))  # YAML has lists only
         for m in self.m:
             _validate.integer(owner, "m", m, low=1)
 

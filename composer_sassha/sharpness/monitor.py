@@ -1,21 +1,23 @@
 """Sharpness while a Trainer trains."""
 
 import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from composer.core import Callback, DataSpec, Event, State, ensure_data_spec
+from composer.core import Callback, DataSpec, Event, State, Time, ensure_data_spec
 from composer.devices import Device
 from composer.loggers import Logger
 from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
+from torch.utils.data import DistributedSampler
 
 from composer_sassha import _validate
 from composer_sassha._sharding import is_sharded
 from composer_sassha._validate import SettingError
-from composer_sassha.algorithms._batches import plain, size_of
+from composer_sassha.algorithms._batches import plain, select, size_of
 from composer_sassha.optim.passes import Snapshot
 from composer_sassha.sharpness.measure import Deadline, Measures, measure
 from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
@@ -33,11 +35,13 @@ class SharpnessMonitor(Callback):
 
     Logs `sharpness/<name>` for every name that `measure` lists, and `sharpness/seconds`, what it took. Where
     the time was over, or a gradient was not finite, a name is absent. All sums go over all ranks, each of
-    which has its own share of the loader. At the end of the chosen epochs, the table `sharpness/spectrum`
-    has a row for each eigenvalue and its weight; the attribute `spectra` has each epoch's `Spectrum`.
+    which has its own share of the loader; samples that a `DistributedSampler` repeats, to have as many on
+    each, count once. At the end of the chosen epochs, the table `sharpness/spectrum` has a row for each
+    eigenvalue and its weight, and `sharpness/spectrum_seconds` is what it took; the attribute `spectra` has
+    each epoch's `Spectrum`.
 
     Args:
-        interval: time between measurements, such as '1ep' or '500ba'; also measured at the end of the
+        interval: time between measurements, such as '1ep' or '500ba', > 0; also measured at the end of the
             training. Default: '1ep'.
         dataloader: what to measure on, a loader or a `DataSpec` that returns the same batches every time.
             Default: the Trainer's evaluation data.
@@ -65,7 +69,7 @@ class SharpnessMonitor(Callback):
         interval: str = "1ep",
         dataloader: Iterable[Any] | DataSpec | None = None,
         batches: int = 4,
-        measures: Measures | None = None,
+        measures: Measures = Measures(),  # noqa: B008  # frozen
         spectrum_epochs: Sequence[int] = (),
         spectrum_steps: int = 80,
         spectrum_probes: int = 4,
@@ -75,7 +79,7 @@ class SharpnessMonitor(Callback):
         owner = "SharpnessMonitor"
         self.interval, self.dataloader = interval, dataloader
         self.batches = _validate.integer(owner, "batches", batches, low=1)
-        self.measures = Measures() if measures is None else measures
+        self.measures = measures
         self.spectrum_epochs = [
             _validate.integer(owner, "spectrum_epochs", e, low=1) for e in spectrum_epochs
         ]
@@ -90,6 +94,8 @@ class SharpnessMonitor(Callback):
             self._due = create_interval_scheduler(
                 interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
             )
+            if not Time.from_input(interval, "ep").value > 0:
+                raise ValueError("never due")
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(
                 f"{owner}: interval={interval!r} is not allowed; it must be a time such as '1ep' or '500ba'"
@@ -103,6 +109,14 @@ class SharpnessMonitor(Callback):
             f"SharpnessMonitor(interval={self.interval!r}, batches={self.batches}, "
             f"max_seconds={self.max_seconds})"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: when it last measured."""
+        return {"measured_at": self._measured_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: the end of an epoch that a checkpoint was saved before is not measured twice."""
+        self._measured_at = state.get("measured_at")
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuse what cannot be measured, and take the batches."""
@@ -128,11 +142,14 @@ class SharpnessMonitor(Callback):
         """Measure if it is time, and take the spectrum."""
         self._measure_if_due(Event.EPOCH_END, state, logger)
         if state.timestamp.epoch.value in self.spectrum_epochs:
+            start = time.monotonic()
             with self._objective(state) as objective:
-                try:
+                found = None
+                with contextlib.suppress(Unfinished):
                     found = spectrum(objective, self.spectrum_steps, self.spectrum_probes, self.measures.seed)
-                except Unfinished:
-                    return
+            logger.log_metrics({"sharpness/spectrum_seconds": time.monotonic() - start})
+            if found is None:
+                return
             self.spectra[state.timestamp.epoch.value] = found
             rows = [list(row) for row in zip(found.eigenvalues.tolist(), found.weights.tolist(), strict=True)]
             for destination in logger.destinations:
@@ -183,6 +200,9 @@ class SharpnessMonitor(Callback):
 def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any, int]]:
     """Take the first batches of a loader to the device, each with its number of samples.
 
+    Without those that a `DistributedSampler` repeats to have as many on every rank. A rank that has no others
+    takes a batch that counts for none, since the ranks measure together.
+
     Args:
         data: the loader.
         batches: at most so many; None: all.
@@ -192,10 +212,25 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
         SettingError: one has no tensor to count samples by.
     """
     taken: list[tuple[Any, int]] = []
+    left = _own(data.dataloader)
     for batch in islice(iter(data.dataloader), batches):
         batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
         count = size_of(batch)
         if not count:
             raise SettingError("sharpness: a batch has no tensor with samples in it; use another loader")
-        taken.append((batch, count))
+        own = min(count, left)
+        left -= own
+        if 0 < own < count:
+            batch = select(batch, slice(own), count)
+        if own or not taken:
+            taken.append((batch, own))
     return taken
+
+
+def _own(loader: Any) -> int:
+    """The number of a loader's samples that no other rank has."""
+    sampler = getattr(loader, "sampler", None)
+    # Without a batch size the items of the data set are batches, of any number of samples.
+    if isinstance(sampler, DistributedSampler) and loader.batch_size is not None:
+        return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    return sys.maxsize

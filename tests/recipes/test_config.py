@@ -9,13 +9,16 @@ import yaml
 
 import composer_sassha
 from composer_sassha.recipes.algorithms import ALGORITHMS
+from composer_sassha.recipes.callbacks import CALLBACKS
 from composer_sassha.recipes.config import load_recipe, read_recipe
 from composer_sassha.recipes.data import Digits, ImageFolder, ImageNet
 from composer_sassha.recipes.data.images import InMemoryImages
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.models import WRN
 from composer_sassha.recipes.schedulers import Cosine, Linear
+from composer_sassha.sharpness import Measures
 
+PARTS = {**ALGORITHMS, **CALLBACKS}
 RECIPE = """
 name: small
 method: a
@@ -184,6 +187,28 @@ def test_schedules_are_settings_too(recipe: Path, tmp_path: Path) -> None:
     assert load_recipe(resolved) == first
 
 
+WATCHED = """
+callbacks: {sharpness_monitor: {interval: 2ep, measures: {m: [4], rho: 0.1}, spectrum_epochs: [3]}}
+"""
+
+
+def test_callbacks_are_settings_too(recipe: Path, tmp_path: Path) -> None:
+    assert load_recipe(recipe).callbacks == {} and load_recipe(recipe).settings()["callbacks"] == {}
+    recipe.write_text(RECIPE + "  d: {callbacks: {sharpness_monitor: {batches: 2}}}\n" + WATCHED)
+    overrides = ["method=d", "callbacks.sharpness_monitor.measures.directions=0"]
+    found = load_recipe(recipe, overrides)
+    monitor = found.callbacks["sharpness_monitor"].build()
+    assert (monitor.interval, monitor.batches, monitor.spectrum_epochs) == ("2ep", 2, [3])
+    assert monitor.measures == Measures(m=(4,), rho=0.1, directions=0)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(yaml.safe_dump(found.settings()))
+    assert load_recipe(resolved) == found
+    settings = yaml.safe_load(resolved.read_text())["callbacks"]["sharpness_monitor"]
+    assert settings["measures"]["tol"] == 1e-3 and settings["max_seconds"] == 60.0  # every setting
+    for null in ("callbacks=null", "callbacks.sharpness_monitor=null"):
+        assert load_recipe(recipe, [*overrides, null]).callbacks == {}
+
+
 def test_a_resolved_recipe_has_one_method(recipe: Path, tmp_path: Path) -> None:
     resolved = tmp_path / "config.yaml"
     resolved.write_text(yaml.safe_dump(load_recipe(recipe).settings()))
@@ -200,11 +225,12 @@ def test_bundled_recipes_go_by_several_names(
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in ALGORITHMS if hasattr(composer_sassha, ALGORITHMS[name].__name__)]
+    "name", [name for name, part in PARTS.items() if hasattr(composer_sassha, part.__name__)]
 )
 def test_a_recipe_can_set_every_argument_with_the_same_defaults(name: str) -> None:
-    schema = ALGORITHMS[name]
+    schema = PARTS[name]
     built = getattr(composer_sassha, schema.__name__)
     arguments = {name: p.default for name, p in inspect.signature(built).parameters.items()}
+    arguments.pop("dataloader", None)  # of a recipe it is the held-out data
     assert {f.name: f.default for f in dataclasses.fields(schema)} == arguments
     assert repr(schema().build()) == repr(built())

@@ -1,18 +1,22 @@
 """Runs that are stopped and continued."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from composer import Callback, Logger, State
+from composer.core import Timestamp
 from composer.utils import dist
 
 from composer_sassha.recipes.config import Recipe, load_recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import check_seen
 from composer_sassha.recipes.run import run
+from composer_sassha.recipes.run_log import RunLog
 
 
 class Stop(Callback):
@@ -39,7 +43,7 @@ def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def metrics(recipe: Recipe) -> list[dict[str, Any]]:
     lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if "seconds" not in key} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
 
 
 def same_runs(first: Recipe, second: Recipe) -> None:
@@ -68,6 +72,65 @@ def test_a_continued_run_equals_an_uninterrupted_one(settings: list[str], tmp_pa
     run(parts)
     same_runs(whole, parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
+
+
+MONITOR = "{interval: %s, measures: {eigenvalues: 0, trace_samples: 2, m: [], directions: 0}, %s}"
+
+
+@pytest.mark.parametrize(
+    ("interval", "saved"), [("3ba", "4ba"), ("11ba", "11ba"), ("1ep", "11ba"), ("1ep", "1ep")]
+)
+def test_a_measurement_is_neither_lost_nor_repeated(interval: str, saved: str, tmp_path: Path) -> None:
+    spectrum = "spectrum_epochs: [1], spectrum_steps: 2, spectrum_probes: 1"
+    settings = ["sgd", f"callbacks.sharpness_monitor={MONITOR % (interval, spectrum)}", "model.width=2"]
+    settings += [f"save_interval={saved}", "eval_interval=2ep"]  # no evaluation takes the first along
+    whole, parts = recipe(tmp_path / "whole", *settings), recipe(tmp_path / "parts", *settings)
+    run(whole)
+    for event, batch in [("epoch_end", 11), ("epoch_checkpoint", 11), ("batch_start", 12), ("fit_end", 22)]:
+        with pytest.raises(KeyboardInterrupt):
+            run(parts, [Stop(event, batch)])
+    run(parts)
+    same_runs(whole, parts)
+    measured = [record["batch"] for record in metrics(whole) if "sharpness/trace" in record]
+    assert measured == {"3ba": [*range(3, 22, 3), 22], "11ba": [11, 22], "1ep": [11, 22]}[interval]
+    assert ["sharpness/spectrum" in record for record in metrics(whole)].count(True) == 1
+
+
+def test_what_callbacks_measure_is_not_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    log = RunLog(tmp_path / "metrics.jsonl", "test", [])
+    now = Timestamp()
+
+    def step(measured: float) -> None:
+        """One second of training, and then a measurement."""
+        nonlocal clock, now
+        before = clock
+        log.batch_start(SimpleNamespace(timestamp=now), None)
+        clock += 1.0 + measured
+        if measured:
+            log.log_metrics({"sharpness/seconds": measured})
+        now = now.to_next_batch(duration=timedelta(seconds=clock - before - measured + late))
+        log.batch_end(SimpleNamespace(timestamp=now), None)
+
+    late = 0.0  # what Composer's clock counts into this step
+    step(5.0)
+    late = 5.0
+    step(0.0)
+    late = 0.0
+    log.log_metrics({"sharpness/seconds": 7.0, "sharpness/spectrum_seconds": 20.0})
+    log.epoch_end(SimpleNamespace(timestamp=now), None)
+    saved = log.state_dict()
+    assert log.seconds(now) == 2.0
+    late = 27.0
+    step(0.0)
+    assert log.seconds(now) == 3.0
+    assert [record["seconds"] for record in log.records if "seconds" in record] == [1.0, 1.0, 1.0]
+
+    again = RunLog(tmp_path / "metrics.jsonl", "test", [])
+    again.load_state_dict(saved)
+    again.batch_start(SimpleNamespace(timestamp=now), None)
+    assert again.seconds(Timestamp(total_wct=timedelta(seconds=7))) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from composer.core import DataSpec
+from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger
 from composer.utils import MissingConditionalImportError
 from composer.utils.parallelism import FSDP2Config
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_sassha import SharpnessMonitor
 from composer_sassha._validate import SettingError
@@ -17,6 +18,7 @@ from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import run
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
 from composer_sassha.sharpness import monitor as module
+from composer_sassha.sharpness.monitor import take
 from tests.distributed.launch import assert_passed, launch
 from tests.helpers import Injected, assert_same, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
@@ -71,6 +73,18 @@ def test_it_is_equal_after_resuming_in_mid_epoch(name, tmp_path):
         ends.append(everything(again))
         again.close()
     assert_same(*ends)
+
+
+def test_a_measurement_before_the_checkpoint_is_not_repeated(tmp_path):
+    """The fourth step ends an epoch and the training: each would be a reason to measure."""
+    settings = {"eval_dataloader": loader(), "max_duration": "1ep"}
+    saving = {"save_folder": str(tmp_path), "save_interval": "4ba"}
+    logs = [InMemoryLogger(), InMemoryLogger()]
+    for log, more in zip(logs, (saving, {"load_path": f"{tmp_path}/ep0-ba4-rank0.pt"}), strict=True):
+        done = trainer(sgd, **settings, callbacks=[monitor(interval="4ba")], loggers=log, **more)
+        done.fit()
+        done.close()
+    assert [list(logged(log, "sharpness/sam")) for log in logs] == [[4], []]
 
 
 def test_what_is_logged_is_what_measuring_gives():
@@ -133,7 +147,7 @@ def test_it_measures_at_its_interval_and_once_at_the_end(interval, duration, ste
     done.close()
 
 
-def test_a_run_logs_it_beside_the_evaluation_of_the_same_moment(tmp_path, monkeypatch):
+def test_a_run_logs_it_before_the_evaluation_of_the_same_moment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ["method=sgd", "max_duration=2ep", "model.width=2", "progress_bar=false"]
     recipe = load_recipe("digits", settings)
@@ -141,8 +155,10 @@ def test_a_run_logs_it_beside_the_evaluation_of_the_same_moment(tmp_path, monkey
     lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "sharpness/lambda_max" in record]
     assert [(r["batch"], r["epoch"]) for r in records] == [(11, 1), (22, 2)]
-    for record in records:
-        assert record["metrics/test/CrossEntropy"] == pytest.approx(record["sharpness/loss"], rel=1e-5)
+    evaluations = [record for record in map(json.loads, lines) if "metrics/test/CrossEntropy" in record]
+    assert [(r["batch"], r["epoch"]) for r in evaluations] == [(11, 1), (22, 2)]
+    for measured, evaluated in zip(records, evaluations, strict=True):
+        assert measured["sharpness/loss"] == pytest.approx(evaluated["metrics/test/CrossEntropy"], rel=1e-5)
 
 
 def test_time_that_is_over_ends_the_measurement(monkeypatch):
@@ -199,6 +215,27 @@ def test_an_exception_while_it_measures_leaves_the_model_as_it_was(when, monkeyp
     done.close()
 
 
+@pytest.mark.parametrize(("samples", "ranks"), [(7, 3), (7, 2), (8, 2), (2, 5)])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_samples_that_a_sampler_repeats_count_once(samples, ranks, batch_size):
+    data, seen = images(samples), []
+    for rank in range(ranks):
+        sampler = DistributedSampler(data, ranks, rank, shuffle=True)
+        assert len(sampler) * ranks >= samples
+        taken = take(DataSpec(DataLoader(data, batch_size, sampler=sampler)), None, DeviceCPU())
+        assert taken, "every rank takes part"
+        for (x, y), count in taken:
+            assert len(x) == len(y) == max(count, 1)
+            seen += [image.flatten().tolist() for image in x[:count]]
+    assert sorted(seen) == sorted(image.flatten().tolist() for image in data.tensors[0])
+
+
+def test_batches_that_a_data_set_has_made_are_taken_whole():
+    batches = [(torch.zeros(5, 1), torch.zeros(5)), (torch.ones(4, 1), torch.ones(4))]
+    loader = DataLoader(batches, batch_size=None, sampler=DistributedSampler(batches, 1, 0, shuffle=False))
+    assert [count for _, count in take(DataSpec(loader), None, DeviceCPU())] == [5, 4]
+
+
 def test_a_diverged_run_logs_its_loss_alone():
     log, model = InMemoryLogger(), network()
     with torch.no_grad():
@@ -230,6 +267,8 @@ def test_the_loader_of_the_user_wins_and_its_transforms_are_applied():
     ("settings", "message"),
     [
         ({"interval": "soon"}, "interval='soon'"),
+        ({"interval": "0ep"}, "interval='0ep'"),
+        ({"interval": "-1ba"}, "interval='-1ba'"),
         ({"batches": 0}, "batches=0"),
         ({"measures": 3}, "measures=3"),
         ({"max_seconds": 0}, "max_seconds=0"),

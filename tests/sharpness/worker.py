@@ -103,12 +103,37 @@ def a_run_with_the_monitor_is_equal_to_one_without() -> None:
         assert log.data["sharpness/loss"][-1][1] == pytest.approx(whole.loss(), rel=1e-5)
 
 
+def samples_that_the_sampler_repeats_count_once() -> None:
+    """19 samples on two ranks: the sampler gives ten to each; and one sample, the same to both."""
+    for count in (19, 1):
+        log, data = InMemoryLogger(), images(count)
+        done = method_trainer(
+            NAMED["sam_sgd"],
+            eval_dataloader=DataLoader(data, batch_size=4, sampler=dist.get_sampler(data)),
+            callbacks=[SharpnessMonitor(measures=Measures(trace_samples=2, m=()))],
+            loggers=log,
+            max_duration="1ba",
+        )
+        done.fit()
+        model = plain(done.state.model)
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+        with undisturbed(model):
+            whole = objective_of(model, [(data.tensors, count)])
+            whole.shared = False
+            exact = measure(whole, Measures(trace_samples=2, m=()))
+        for name in ("loss", "full_grad_norm", "sam", "lambda_max", "trace"):
+            assert log.data[f"sharpness/{name}"][-1][1] == pytest.approx(exact[name], rel=1e-3), name
+        done.close()
+
+
 CHECKS = {
     check.__name__: check
     for check in (
         all_ranks_together_are_one_process,
         the_time_of_one_rank_is_that_of_both,
         a_run_with_the_monitor_is_equal_to_one_without,
+        samples_that_the_sampler_repeats_count_once,
     )
 }
 
