@@ -86,6 +86,26 @@ class Sassha(_Both):
             LazyHessian(hessian_interval, estimator, samples, seed, batch_fraction),
         )
 
+    @classmethod
+    def lean(cls, rho: float = 0.2, **others: Any) -> "Sassha":
+        """Make SASSHA cheap: perturbed on every fifth step, its Hessian from a quarter of the batch.
+
+        A step costs about 1.3 times a plain one, instead of 2.3 times; the card has what was measured.
+
+        Args:
+            rho: radius of the perturbation, >= 0. Default: 0.2.
+            others: arguments of the constructor, which win over the preset's.
+
+        Raises:
+            TypeError, ValueError: as the constructor does.
+
+        Example:
+            >>> Sassha.lean()
+            Sassha(rho=0.2, interval=5, hessian_interval=10, samples=1, seed=0, sync_ascent=False,
+                   estimator='hutchinson', batch_fraction=0.25)
+        """
+        return cls(rho, **{"interval": 5, "hessian_interval": 10, "batch_fraction": 0.25} | others)
+
 
 class MSassha(_Both):
     """Perturbs along the momentum, and refreshes the Hessian there (M-SASSHA, Shin et al. 2025).

@@ -227,3 +227,29 @@ def test_trains_a_model_that_the_trainer_compiles(backend):
     run.fit()
     assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
     run.close()
+
+
+def test_the_lean_preset_perturbs_and_estimates_less():
+    """In 20 steps, 4 second passes and 2 refreshes, both of them at w + e, on a quarter of the batch."""
+    counts, refreshes = [], []
+    lean = Sassha.lean(0.1, seed=3)
+    assert lean.settings() == Sassha(0.1, 5, 10, seed=3, batch_fraction=0.25).settings()
+    assert Sassha.lean(interval=2, batch_fraction=1.0).settings() == Sassha(0.2, 2).settings()
+
+    def look(event, state, passes):
+        if event == Event.BATCH_END:
+            counts.append(passes)
+            refreshes.append(state.optimizers[0].param_groups[0]["refreshes"])
+
+    run = trainer(
+        lambda ps: SASSHA(ps, lr=LR),
+        [lean],
+        model=network().double(),
+        dataset=TensorDataset(*[t.double() if t.is_floating_point() else t for t in images().tensors]),
+        max_duration="20ba",
+        callbacks=[Spy(look)],
+    )
+    run.fit()
+    run.close()
+    assert counts == [2 if step % 5 == 0 else 1 for step in range(20)]
+    assert refreshes == [1] * 10 + [2] * 10
