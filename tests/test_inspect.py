@@ -1,6 +1,7 @@
 """The inspection of finished runs: what it measures, what it draws, and what it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.axes import Axes
+from scipy.stats import ttest_ind
 
 from composer_sassha import compare, inspect, train
 from composer_sassha.comparison import inspection, sharpness
 from composer_sassha.comparison.grid import load_grid
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.data.digits import Digits
-from composer_sassha.sharpness import Measures, measure, objective_of, top_eigenvalues, undisturbed
+from composer_sassha.sharpness import (
+    Measures,
+    filter_normalized,
+    line,
+    measure,
+    objective_of,
+    spectrum,
+    top_eigenpairs,
+    undisturbed,
+)
 
 QUICK = ["--samples", "40", "--steps", "3", "--probes", "1", "--trace-samples", "2", "--points", "5"]
 RECIPE = ["max_duration=1ep", "model.width=2", "progress_bar=false"]
@@ -95,9 +107,10 @@ def heldout(count: int) -> tuple[torch.Tensor, ...]:
 
 def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["runs/digits/sgd/seed0", "runs/digits/sgd/seed1", "runs/digits/sam/seed0"]
-    assert inspect.main([*runs[:2], *QUICK]) == 0
+    options = [*QUICK, "--rho", "0.1", "--asam-rho", "0.3"]
+    assert inspect.main([*runs[:2], *options]) == 0
     before = found(folder)
-    assert inspect.main([*runs, *QUICK]) == 0
+    assert inspect.main([*runs, *options]) == 0
     out = capsys.readouterr().out
     after = found(folder)
     assert list(after["runs"]) == ["sgd/seed0", "sgd/seed1", "sam/seed0"]
@@ -110,17 +123,23 @@ def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixt
     model = model_of(runs[1])
     with undisturbed(model):
         objective = objective_of(model, [((x, y), 40)])
-        exact = measure(objective, Measures(eigenvalues=0, trace_samples=2))
-        largest = top_eigenvalues(objective)
+        exact = measure(objective, Measures(eigenvalues=0, trace_samples=2, rho=0.1, asam_rho=0.3))
+        pairs = top_eigenpairs(objective)
+        density = spectrum(objective, 3, 1)
+        along = {
+            "random": line(objective, filter_normalized(objective, 0), [-1.0, 1.0]),
+            "eigenvector": line(objective, torch.tensor(pairs.vectors[0]).float(), [-0.5, 0.5]),
+        }
     assert {"sam", "asam", "m16", "trace", "average", "loss"} < exact.keys() < entry["numbers"].keys()
     for name, value in exact.items():
         assert entry["numbers"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
-    assert entry["numbers"]["lambda_max"] == pytest.approx(largest[0], rel=1e-3)
+    assert entry["numbers"]["lambda_max"] == pytest.approx(pairs.values[0], rel=1e-3)
 
     # Lines and planes have the loss itself in their middle, and the interpolation both ends.
     for name in ("random", "eigenvector"):
         assert len(entry["lines"][name]) == 5
         assert entry["lines"][name][2] == pytest.approx(exact["loss"], rel=1e-5)
+        assert sorted(entry["lines"][name][::4]) == pytest.approx(sorted(along[name]), rel=1e-3), name
     plane = np.array(entry["plane"])
     assert plane.shape == (3, 3) and plane[1, 1] == pytest.approx(exact["loss"], rel=1e-5)
     assert plane[1] == pytest.approx(entry["lines"]["random"][::2], rel=1e-5)
@@ -131,6 +150,7 @@ def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixt
     assert ends == pytest.approx([exact["loss"], reference["numbers"]["loss"]], rel=1e-5)
     eigenvalues, weights = entry["spectrum"]
     assert len(eigenvalues) == 3 and sum(weights) == pytest.approx(1, abs=1e-5)
+    assert eigenvalues == pytest.approx(density.eigenvalues, rel=1e-3, abs=1e-4)
 
     # The table and the report.
     home = folder / "runs/digits"
@@ -188,6 +208,21 @@ def test_a_run_that_was_trained_again_is_measured_again(folder_measured: Path) -
     assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
     after = found(folder_measured)["runs"]["sgd/seed0"]
     assert after["numbers"]["loss"] != before["numbers"]["loss"]
+
+
+def test_the_newest_checkpoint_is_measured_where_the_link_to_it_is_lost(folder: Path) -> None:
+    checkpoints = Path("runs/digits/sgd/seed0/checkpoints")
+    (newest,) = checkpoints.glob("ep*")
+    (checkpoints / "latest-rank0.pt").unlink()
+    for name, age in (("ep0-ba5-rank0.pt", 60), ("ep0-ba9-rank0.pt", 30)):
+        older = shutil.copy(newest, checkpoints / name)
+        os.utime(older, (newest.stat().st_mtime - age,) * 2)
+    assert inspection.find_run(Path("runs/digits/sgd/seed0")).checkpoint == newest.resolve()
+
+
+def test_what_is_not_finite_is_nothing_in_json() -> None:
+    tree = {"a": [1.0, float("inf"), -float("inf")], "b": float("nan"), "c": 3, "d": "x"}
+    assert inspection._plain(tree) == {"a": [1.0, None, None], "b": None, "c": 3, "d": "x"}
 
 
 def test_a_diverged_run_has_no_numbers_and_stops_nothing(folder: Path, capsys) -> None:
@@ -347,11 +382,65 @@ def test_panels_share_their_scale(methods: int) -> None:
 
 def test_the_largest_eigenvalues_are_compared_by_their_geometric_means() -> None:
     given = pretend(2)
-    values = {"sgd": [1.0, 4.0], "adamw": [20.0, 5.0]}
+    values = {"sgd": [1.0, 4.0], "adamw": [18.0, 8.0]}
     for run in given["runs"].values():
         run["numbers"]["lambda_max"] = values[run["method"]][run["seed"]]
     (line,) = sharpness.notes(given)
-    assert line.startswith("λ₁ of adamw: 5.00 times sgd's") and "p = " in line
+    p = ttest_ind(np.log(values["adamw"]), np.log(values["sgd"]), equal_var=False).pvalue
+    assert line.startswith("λ₁ of adamw: 6.00 times sgd's") and f"p = {p:.2g})" in line
     table = sharpness.table(given)
     assert [row[:2] for row in table.rows] == [["sgd", "2"], ["adamw", "2"]]
     assert table.rows[0][table.head.index("λ₁")] == "2.50 ± 2.12"
+    assert table.rows[0][table.head.index("test accuracy, %")].startswith("90.00")
+    given["runs"] = dict(reversed(given["runs"].items()))
+    assert [run["seed"] for run in sharpness.by_method(given)["sgd"]] == [0, 1]
+
+
+def test_lines_are_drawn_where_they_were_measured() -> None:
+    """Of the first seed; on the way to the first run, its own method is there with the second."""
+    given = pretend(2)
+    figure = sharpness.lines(given)
+    for axes, name, at in zip(
+        figure.axes,
+        ("random", "eigenvector", "interpolation"),
+        (np.linspace(-1, 1, 5), np.linspace(-0.5, 0.5, 5), np.linspace(0, 1, 5)),
+        strict=True,
+    ):
+        seeds = {"sgd": 1 if name == "interpolation" else 0, "adamw": 0}
+        assert [drawn.get_label() for drawn in axes.lines] == list(seeds)
+        for drawn, (method, seed) in zip(axes.lines, seeds.items(), strict=True):
+            assert drawn.get_xdata() == pytest.approx(at)
+            assert drawn.get_ydata() == pytest.approx(given["runs"][f"{method}/seed{seed}"]["lines"][name])
+
+
+def test_densities_are_drawn_whole() -> None:
+    """One point, of weight 1, in the first panel, which is higher than the others."""
+    given = pretend(2, seeds=1)
+    given["runs"]["sgd/seed0"]["spectrum"] = [[4.0], [1.0]]
+    given["runs"]["adamw/seed0"]["spectrum"] = [[0.0, 4.0], [0.7, 0.3]]
+    width = 4.0 / 200
+    first, second = sharpness.spectra(given).axes
+    x, y = first.lines[0].get_data()
+    assert y.max() == pytest.approx(1 / (width * (2 * np.pi) ** 0.5), rel=1e-2)
+    assert x[y.argmax()] == pytest.approx(4.0, abs=width / 4) and x.min() <= -4 * width
+    other = second.lines[0].get_ydata()
+    assert other.max() == pytest.approx(0.7 * y.max(), rel=1e-2)
+    assert first.get_ylim()[1] > y.max() and first.get_ylim()[0] > 0
+
+
+def test_planes_are_drawn_as_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = pretend(2)
+    grid = np.linspace(-1, 1, 5)
+    for run in given["runs"].values():
+        run["plane"] = (np.array(run["plane"]) * (2 + grid) * (1 + run["seed"])).tolist()
+    drawn = []
+    plain = Axes.contourf
+    monkeypatch.setattr(Axes, "contourf", lambda *a, **k: drawn.append((a, k)) or plain(*a, **k))
+    sharpness.planes(given)
+    for (arguments, settings), method in zip(drawn, ("sgd", "adamw"), strict=True):
+        _, x, y, values = arguments
+        assert x == pytest.approx(grid) and y == pytest.approx(grid)
+        assert values == pytest.approx(np.array(given["runs"][f"{method}/seed0"]["plane"]))
+        levels = settings["levels"]
+        everything = np.array([given["runs"][f"{m}/seed0"]["plane"] for m in ("sgd", "adamw")])
+        assert levels[0] <= everything.min() and everything.max() <= levels[-1] and levels == sorted(levels)

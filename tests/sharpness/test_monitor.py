@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from composer.core import DataSpec
+from composer.core import DataSpec, Evaluator
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger
 from composer.utils import MissingConditionalImportError
@@ -20,7 +20,7 @@ from composer_sassha.sharpness import Measures, measure, objective_of, spectrum,
 from composer_sassha.sharpness import monitor as module
 from composer_sassha.sharpness.monitor import take
 from tests.distributed.launch import assert_passed, launch
-from tests.helpers import Injected, assert_same, everything, images, method_trainer, network, trainer
+from tests.helpers import Injected, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
 from tests.sharpness.worker import CHECKS, main
 
@@ -117,6 +117,7 @@ def test_the_spectrum_is_logged_at_the_chosen_epochs():
             raise MissingConditionalImportError("pandas", "pandas")
 
     settings = {"spectrum_epochs": [2], "spectrum_steps": 5, "spectrum_probes": 3, "interval": "9ep"}
+    settings["measures"] = Measures(eigenvalues=0, trace_samples=0, m=(), directions=0, seed=3)
     callback = monitor(**settings)
     done = trainer(sgd, eval_dataloader=loader(), callbacks=[callback], loggers=[Lacking(), Tables()])
     with pytest.warns(UserWarning, match="Lacking needs pandas"):
@@ -128,7 +129,7 @@ def test_the_spectrum_is_logged_at_the_chosen_epochs():
     assert rows == [list(row) for row in zip(found.eigenvalues, found.weights, strict=True)]
     with undisturbed(done.state.model):
         objective = objective_of(done.state.model, [(b, len(b[1])) for b in loader()])
-        exact = spectrum(objective, 5, 3)
+        exact = spectrum(objective, 5, 3, seed=3)
     assert (found.eigenvalues == exact.eigenvalues).all() and 2 in callback.spectra
     done.close()
 
@@ -212,6 +213,35 @@ def test_an_exception_while_it_measures_leaves_the_model_as_it_was(when, monkeyp
     with pytest.raises(Injected):
         done.fit()
     assert_same(seen["before"], (everything(done), [m.training for m in model.modules()]))
+    done.close()
+
+
+@pytest.mark.parametrize("batch_statistics", [False, True])
+def test_batch_norm_normalizes_as_is_chosen(batch_statistics):
+    log, model = InMemoryLogger(), network()
+    callbacks = [monitor(batch_statistics=batch_statistics)]
+    done = trainer(sgd, model=model, eval_dataloader=loader(20, 20), callbacks=callbacks, loggers=log)
+    done.fit()
+    exact = {}
+    for chosen in (False, True):
+        with undisturbed(model, chosen):
+            exact[chosen] = objective_of(model, [(images(20).tensors, 20)]).loss()
+    assert exact[False] != pytest.approx(exact[True], rel=1e-3)
+    assert logged(log, "sharpness/loss")[8] == pytest.approx(exact[batch_statistics], rel=1e-6)
+    done.close()
+
+
+def test_the_first_evaluation_data_are_taken_once():
+    """Also where training goes on with another call, and the loader has another order by then."""
+    shuffled, other = DataLoader(images(20), batch_size=5, shuffle=True), loader(7)
+    evaluators = [Evaluator(label=n, dataloader=d) for n, d in (("first", shuffled), ("other", other))]
+    callback = monitor(batches=2)
+    done = trainer(sgd, eval_dataloader=evaluators, callbacks=[callback], max_duration="1ep")
+    done.fit()
+    before = copied(callback._taken)
+    assert [count for _, count in before] == [5, 5]
+    done.fit(duration="1ep")
+    assert_same(before, copied(callback._taken))
     done.close()
 
 
