@@ -90,7 +90,7 @@ def finish(processes: Sequence[BaseProcess], seconds: float = 300) -> bool:
 # The checks
 
 
-def launch(work: Callable[..., None], out: Path, *arguments: Any, seconds: float = 540) -> str:
+def launch(work: Callable[..., None], out: Path, *arguments: Any, seconds: float = 1200) -> str:
     """Have two ranks do `work(out, *arguments)`, which leaves results there. Return what else they said."""
     finish(start(2, out / "log", work, out, *arguments), seconds)
     return (out / "log").read_text()[-4000:]

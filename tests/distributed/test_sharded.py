@@ -40,13 +40,13 @@ def results(tmp_path_factory):
     return out, launch(main, out)
 
 
-@pytest.mark.timeout(600)  # the first waits for all
+@pytest.mark.timeout(1300)  # the first waits for all
 @pytest.mark.parametrize("check", CHECKS)
 def test_sharded_on_two_ranks(check, results):
     assert_passed(check, *results)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("name", ACROSS)
 def test_one_rank_loads_what_two_have_saved(name, results):
     out, log = results

@@ -27,7 +27,7 @@ def counted(launched, case: str, rank: int = 0) -> list[CountedStep]:
     return [CountedStep(*step) for step in json.loads(content)]
 
 
-@pytest.mark.timeout(600)  # the first waits for all
+@pytest.mark.timeout(1300)  # the first waits for all
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_counts_what_is_really_issued(case: str, launched) -> None:
     for step in counted(launched, case)[SETTLED:]:

@@ -50,7 +50,7 @@ def on_two_nodes(command: str, folder: Path) -> list[tuple[int, str]]:
         )
         for node in range(2)
     ]
-    said = [node.communicate(timeout=240)[0] for node in nodes]
+    said = [node.communicate(timeout=540)[0] for node in nodes]
     return [(node.returncode, out) for node, out in zip(nodes, said, strict=True)]
 
 

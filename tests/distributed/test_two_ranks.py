@@ -28,7 +28,7 @@ def results(tmp_path_factory):
     return out, launch(main, out)
 
 
-@pytest.mark.timeout(600)  # the first waits for all
+@pytest.mark.timeout(1300)  # the first waits for all
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(check, results):
     assert_passed(check, *results)
