@@ -229,7 +229,6 @@ def plan_in(folder: Path) -> None:
         sys.exit(main(arguments))
 
 
-@pytest.mark.timeout(300)
 def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

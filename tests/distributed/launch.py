@@ -74,7 +74,7 @@ def wait(processes: Sequence[BaseProcess], seconds: float) -> None:
             return
 
 
-def finish(processes: Sequence[BaseProcess], seconds: float = 300) -> bool:
+def finish(processes: Sequence[BaseProcess], seconds: float = 540) -> bool:
     """Wait for the end of all, and end the others if one fails. Return whether all have ended well."""
     wait(processes, seconds)
     alive = [p for p in processes if p.is_alive()]
