@@ -90,7 +90,7 @@ class Sassha(_Both):
     def lean(cls, rho: float = 0.2, **others: Any) -> "Sassha":
         """Make SASSHA cheap: perturbed on every fifth step, its Hessian from a quarter of the batch.
 
-        A step costs about 1.3 times a plain one, instead of 2.3 times; the card has what was measured.
+        A step costs about 1.3 times a plain one, instead of 2.3 times; the README has what was measured.
 
         Args:
             rho: radius of the perturbation, >= 0. Default: 0.2.

@@ -156,6 +156,7 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     known: dict[str, Field[Any]] = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
     hints, parts = get_type_hints(schema), {}
     config = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(config, False)  # as it is for a frozen dataclass
     for key, value in settings.items():
         if key not in known:
             takes = ", ".join(known) or "no settings"
