@@ -320,7 +320,7 @@ def test_a_folder_with_another_run_is_refused(folder: Path, capsys: pytest.Captu
     message = refused([*quick, "optimizer.lr=0.5"], capsys)
     assert "optimizer.lr (" in message and "there, 0.5 here)" in message and "save_folder" in message
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert main([*quick, "progress_bar=true"]) == 0  # does not change the result
+    assert main([*quick, "progress_bar=true", "baseline=adamw"]) == 0  # neither changes the result
 
 
 def test_a_folder_that_is_not_a_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from composer_sassha.recipes.run_log import write_atomically
 
 LATEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
 # These do not change what a run computes.
-_NOT_COMPARED = {"progress_bar", "save_folder", "tuning_runs", "callbacks"}
+_NOT_COMPARED = {"baseline", "progress_bar", "save_folder", "tuning_runs", "callbacks"}
 _ELSEWHERE = "choose another save_folder, such as save_folder=runs2"
 
 T = TypeVar("T")
