@@ -107,5 +107,5 @@ def plot_frontier(
             "top", functions=(partial(np.multiply, 1 / base), partial(np.multiply, base))
         )
         top.set_xlabel(f"in units of {baseline}'s")
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper", title="filled: no cheaper\none is as good")
     return figure
