@@ -9,7 +9,7 @@ from composer.models import ComposerModel
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from composer_sassha import SASSHA, LazyHessian, Sassha
+from composer_sassha import SASSHA, LazyHessian, MSassha, Sassha
 from composer_sassha.curvature import rademacher
 from tests.helpers import Spy, copied, images, network, trainer
 
@@ -229,12 +229,22 @@ def test_trains_a_model_that_the_trainer_compiles(backend):
     run.close()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Sassha(interval=3), lambda: MSassha(interval=3), lambda: Sassha.lean(interval=3)],
+    ids=["sassha", "msassha", "lean"],
+)
+def test_refreshes_between_perturbed_steps_are_told_of(make):
+    with pytest.warns(UserWarning, match="hessian_interval=[12]0 is no multiple of interval=3"):
+        make()
+
+
 def test_the_lean_preset_perturbs_and_estimates_less():
-    """In 20 steps, 4 second passes and 2 refreshes, both of them at w + e, on a quarter of the batch."""
+    """In 40 steps, 8 second passes and 2 refreshes, both on steps with a second pass."""
     counts, refreshes = [], []
     lean = Sassha.lean(0.1, seed=3)
-    assert lean.settings() == Sassha(0.1, 5, 10, seed=3, batch_fraction=0.25).settings()
-    assert Sassha.lean(interval=2, batch_fraction=1.0).settings() == Sassha(0.2, 2).settings()
+    assert lean.settings() == Sassha(0.1, 5, 20, seed=3, batch_fraction=0.25).settings()
+    assert Sassha.lean(interval=2, batch_fraction=1.0).settings() == Sassha(0.2, 2, 20).settings()
 
     def look(event, state, passes):
         if event == Event.BATCH_END:
@@ -246,10 +256,10 @@ def test_the_lean_preset_perturbs_and_estimates_less():
         [lean],
         model=network().double(),
         dataset=TensorDataset(*[t.double() if t.is_floating_point() else t for t in images().tensors]),
-        max_duration="20ba",
+        max_duration="40ba",
         callbacks=[Spy(look)],
     )
     run.fit()
     run.close()
-    assert counts == [2 if step % 5 == 0 else 1 for step in range(20)]
-    assert refreshes == [1] * 10 + [2] * 10
+    assert counts == [2 if step % 5 == 0 else 1 for step in range(40)]
+    assert refreshes == [1] * 20 + [2] * 20
