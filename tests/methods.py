@@ -109,6 +109,12 @@ MORE = [
         lambda: [Sassha(0.1, interval=2, hessian_interval=2, samples=2)],
         second_order=2,
     ),
+    Method(
+        "sassha_partial_ascent",
+        sassha,
+        lambda: [Sassha(rho=0.1, hessian_interval=3, ascent_fraction=0.4)],
+        second_order=2,
+    ),
     Method("msassha", sassha, lambda: [MSassha(rho=0.1, hessian_interval=3)], passes=1, second_order=2),
     Method(
         "sophia_gauss_newton", sophia, lambda: [LazyHessian(3, estimator="gauss_newton", samples=2)], passes=1

@@ -11,6 +11,13 @@ from composer.utils.parallelism import FSDPConfig
 
 from composer_sassha.optim import SharpnessAwareOptimizer
 
+# They mix samples with each other, or need a number of them.
+_OF_WHOLE_BATCHES = (
+    composer.algorithms.MixUp,
+    composer.algorithms.CutMix,
+    composer.algorithms.GhostBatchNorm,
+)
+
 
 def check(state: State) -> None:
     """Refuse combinations that cannot train, before anything has been computed.
@@ -96,7 +103,13 @@ def _check_companions(state: State) -> None:
     perturbed_twice = getattr(perturbation_of(state), "ascends", False)
     curvatures = [getattr(owner, "curvature", None) for owner in owners]
     evaluated_twice = any(curvature.evaluates_again for curvature in curvatures if curvature is not None)
+    fraction = min(getattr(owner, "ascent_fraction", 1) for owner in owners)
     for algorithm in state.algorithms:
+        if fraction < 1 and isinstance(algorithm, _OF_WHOLE_BATCHES):
+            raise ValueError(
+                f"{type(algorithm).__name__} works on whole batches, and ascent_fraction={fraction} takes a "
+                "part of each; leave it out, or set ascent_fraction=1"
+            )
         if isinstance(algorithm, composer.algorithms.GyroDropout) and (perturbed_twice or evaluated_twice):
             raise ValueError(
                 "GyroDropout counts forward passes, and may change its masks between the two of one step; "

@@ -13,7 +13,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_sassha import _validate
+from composer_sassha._validate import SettingError
 from composer_sassha.algorithms import _checks, _trainer
+from composer_sassha.algorithms._batches import select, size_of
 from composer_sassha.perturbations import Perturbation
 
 # A set: the events are compared by slow code of their own otherwise, on every event of every step.
@@ -28,15 +30,23 @@ class PerturbingAlgorithm(Algorithm):
         perturbation: one of `composer_sassha.perturbations`.
         interval: steps between perturbed steps, >= 1.
         sync_ascent: average the gradient at w over the ranks; None for a method that takes none.
+        ascent_fraction: the share of each microbatch that gives the gradient at w, in (0, 1].
     """
 
-    def __init__(self, perturbation: Perturbation, interval: int, sync_ascent: bool | None) -> None:
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        interval: int,
+        sync_ascent: bool | None,
+        ascent_fraction: float = 1.0,
+    ) -> None:
         name = type(self).__name__
         self.perturbation = perturbation
         self.interval = _validate.integer(name, "interval", interval, low=1)
         if sync_ascent is not None:
             _validate.boolean(name, "sync_ascent", sync_ascent)
         self.sync_ascent = sync_ascent
+        self.ascent_fraction = _validate.share(name, "ascent_fraction", ascent_fraction)
         self._looked_for_sync = False
         self._first_batch = True  # of a call of fit()
 
@@ -51,17 +61,24 @@ class PerturbingAlgorithm(Algorithm):
         return as_call(self, self.settings())
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the Trainer's start, and at the end of each batch to log."""
+        """Run at the Trainer's start, before the forward of a partial ascent, and at the end to log."""
+        if event == Event.BEFORE_FORWARD:
+            return self.ascent_fraction < 1 and _trainer.phase(state) == "ascent"
         return event in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Wrap the optimizer, or log."""
-        if event == Event.INIT:
+        """Wrap the optimizer, take a part of the batch, or log."""
+        if event == Event.BEFORE_FORWARD:
+            self._take_part(state)
+        elif event == Event.INIT:
             _checks.check(state)
         elif event == Event.BEFORE_LOAD:
             # A copy: a schedule may change it, and this one may serve another Trainer.
             _trainer.wrapped_optimizer(state).set_perturbation(
-                copy.copy(self.perturbation), self.interval, sync_ascent=bool(self.sync_ascent)
+                copy.copy(self.perturbation),
+                self.interval,
+                sync_ascent=bool(self.sync_ascent),
+                partial_ascent=self.ascent_fraction < 1,
             )
         elif event == Event.FIT_START:
             self._first_batch = True
@@ -70,6 +87,17 @@ class PerturbingAlgorithm(Algorithm):
         elif event == Event.BATCH_END:
             self._say_if_synchronized(state)
             _trainer.log(state, logger, "sharpness", LOGGED)
+
+    def _take_part(self, state: State) -> None:
+        """Leave the first samples of the microbatch in `state.batch`; the Trainer's own stays as it is."""
+        size = size_of(state.batch)
+        if size is None:
+            raise SettingError(
+                f"{type(self).__name__}: ascent_fraction={self.ascent_fraction} is not allowed with a batch "
+                f"that is a {type(state.batch).__name__}: it must be tensors, in tuples, lists or mappings; "
+                "set ascent_fraction=1"
+            )
+        state.batch = select(state.batch, slice(math.ceil(self.ascent_fraction * size)), size)
 
     def _say_if_synchronized(self, state: State) -> None:
         """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""

@@ -29,13 +29,13 @@ class TrainerPasses(PassRunner):
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
         """Run one pass; see `PassRunner`. The Trainer's closure takes care of `sync` itself."""
         state = self.state
-        if not hidden:
-            return closure(ddp_sync=sync)
         if any(part._version != version for part, version in self._versions):
             raise SettingError(
                 "an algorithm has written into the batch (CutMix does, into targets as large as the images), "
                 "so that a second pass would see another one; leave it out, or use MSAM, which needs one pass"
             )
+        if not hidden:
+            return closure(ddp_sync=sync)
         seen = state.train_metrics, state.loss, state.outputs
         state.train_metrics = {}
         try:

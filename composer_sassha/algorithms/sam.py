@@ -1,5 +1,7 @@
 """Sharpness-aware minimization as a Composer algorithm."""
 
+from typing import Any
+
 from composer_sassha.algorithms._perturbing import PerturbingAlgorithm
 from composer_sassha.perturbations import SAMPerturbation
 
@@ -21,6 +23,9 @@ class SAM(PerturbingAlgorithm):
         sync_ascent: average the first gradient over the ranks too, which costs one more communication.
             Default: False.
         p: the norm of the neighbourhood, 2, or inf for `e = rho * sign(g)`. Default: 2.
+        ascent_fraction: the share of each microbatch, its first samples, that gives g(w), in (0, 1], rounded
+            up. Below 1, the statistics, metrics and loss are those of the second pass, which has all samples,
+            and `sharpness/loss_gap` is not logged. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -28,8 +33,19 @@ class SAM(PerturbingAlgorithm):
 
     Example:
         >>> SAM(rho=0.1)
-        SAM(rho=0.1, interval=1, sync_ascent=False, p=2)
+        SAM(rho=0.1, interval=1, sync_ascent=False, p=2, ascent_fraction=1.0)
     """
 
-    def __init__(self, rho: float = 0.05, interval: int = 1, sync_ascent: bool = False, p: float = 2) -> None:
-        super().__init__(SAMPerturbation(rho, p), interval, sync_ascent)
+    def __init__(
+        self,
+        rho: float = 0.05,
+        interval: int = 1,
+        sync_ascent: bool = False,
+        p: float = 2,
+        ascent_fraction: float = 1.0,
+    ) -> None:
+        super().__init__(SAMPerturbation(rho, p), interval, sync_ascent, ascent_fraction)
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the constructor, for `repr`."""
+        return {**super().settings(), "ascent_fraction": self.ascent_fraction}

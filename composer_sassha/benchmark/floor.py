@@ -37,11 +37,12 @@ def passes(optimizer: Any, kind: Kind) -> int:
 def has_floor(run: Run) -> bool:
     """Whether a method's steps are whole passes and products with the Hessian, so that they have a floor.
 
-    ESAM's second pass takes a part of the batch, and estimates other than Hutchinson's on the whole batch
-    take something else than such a product.
+    ESAM's second pass and a partial ascent take a part of the batch, and estimates other than Hutchinson's on
+    the whole batch take something else than such a product.
     """
     curvature = getattr(run.optimizer, "curvature", None)
     whole = curvature is None or (curvature.estimator == "hutchinson" and curvature.batch_fraction == 1)
+    whole = whole and not getattr(run.optimizer, "partial_ascent", False)
     return whole and not any(isinstance(part, ESAM) for part in _checks.parts(run.trainer.state.algorithms))
 
 

@@ -60,6 +60,10 @@ class PassRunner:
 
     def begin(self) -> None:
         """Called before the first pass of a step."""
+        self.share_buffers()
+
+    def share_buffers(self) -> None:
+        """Have the next forward begin with rank 0's buffers."""
         # DDP broadcasts rank 0's buffers before a forward only if the one before it was synchronized. A step
         # may have no such pass at all, and BatchNorm's statistics would drift apart.
         if isinstance(self.model, DistributedDataParallel):

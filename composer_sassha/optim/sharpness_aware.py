@@ -59,7 +59,8 @@ class SharpnessAwareOptimizer(Optimizer):
     skips the step, which then changes nothing and does not count. So does a Hessian that is not finite before
     there is any estimate; later, the step goes on with the old one and the refresh is tried again. After an
     exception in a pass, weights, buffers and RNG states are those from before the step. The descent draws the
-    same random numbers as the ascent, and leaves no trace in BatchNorm's statistics.
+    same random numbers as the ascent, and leaves no trace in BatchNorm's statistics. With a partial ascent it
+    is the ascent that leaves none.
 
     Parameter groups and state are the base optimizer's own, and the instance's class carries the base's name:
     a checkpoint of the one continues under the other. Hooks are shared too and run once per update.
@@ -77,6 +78,8 @@ class SharpnessAwareOptimizer(Optimizer):
             and those that mix it into the update average the result.
         named_parameters: the parameters' names, for a perturbation that asks for them (ASAM); by default the
             model's.
+        partial_ascent: the closure takes a part of the batch while `phase` is "ascent". Then the loss and all
+            that a pass leaves behind are the descent's, which has the whole batch. Default: False.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed, `curvature` for an optimizer that takes none,
@@ -112,10 +115,11 @@ class SharpnessAwareOptimizer(Optimizer):
         model: nn.Module | None = None,
         sync_ascent: bool = False,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        partial_ascent: bool = False,
     ) -> None:
         _check_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        self.set_perturbation(perturbation, interval, sync_ascent=sync_ascent)
+        self.set_perturbation(perturbation, interval, sync_ascent=sync_ascent, partial_ascent=partial_ascent)
         self.set_curvature(curvature)
         self.model = model
         self.runner = PassRunner(model)
@@ -132,7 +136,12 @@ class SharpnessAwareOptimizer(Optimizer):
         self._fill_counters()
 
     def set_perturbation(
-        self, perturbation: Perturbation | None, interval: int = 1, *, sync_ascent: bool = False
+        self,
+        perturbation: Perturbation | None,
+        interval: int = 1,
+        *,
+        sync_ascent: bool = False,
+        partial_ascent: bool = False,
     ) -> None:
         """Choose the perturbation; see the class for the arguments."""
         if perturbation is not None and not isinstance(perturbation, Perturbation):
@@ -150,6 +159,7 @@ class SharpnessAwareOptimizer(Optimizer):
         self.perturbation = perturbation
         self.interval = _validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
         self.sync_ascent = _validate.boolean("SharpnessAwareOptimizer", "sync_ascent", sync_ascent)
+        self.partial_ascent = _validate.boolean("SharpnessAwareOptimizer", "partial_ascent", partial_ascent)
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose when and how the Hessian diagonal is estimated; see the class."""
@@ -178,7 +188,7 @@ class SharpnessAwareOptimizer(Optimizer):
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         names = [(name, p) for p, name in self._names.items()]
         how = (self.perturbation, self.interval, self.curvature, self.model, self.sync_ascent, names)
-        return _rebuild, (self.base_optimizer, *how, self.skipped_steps)
+        return _rebuild, (self.base_optimizer, *how, self.partial_ascent, self.skipped_steps)
 
     def __repr__(self) -> str:
         how = f"{self.perturbation!r}, interval={self.interval}"
@@ -210,7 +220,8 @@ class SharpnessAwareOptimizer(Optimizer):
                 then has a scale of its own: at the gradient's, the second derivative overflows.
 
         Returns:
-            The loss at w, or None if the step was skipped.
+            The loss at w, or None if the step was skipped. Where no pass over the whole batch is at w (after
+            a partial ascent, and with MSAM), the loss at w + e.
 
         Raises:
             RuntimeError: there is no closure. Only with all learning rates at 0 may it be left out: a
@@ -307,7 +318,8 @@ class SharpnessAwareOptimizer(Optimizer):
         """Leave the gradient to update with in place, and the weights at w.
 
         Returns:
-            The loss at w (at w + e if there is no pass at w), and what the perturbation wants remembered.
+            The loss at w (at w + e if no pass over the whole batch is at w), and what the perturbation wants
+            remembered.
         """
         perturbation = self.perturbation
         if perturbation is None or not self.ascent_due():
@@ -326,12 +338,12 @@ class SharpnessAwareOptimizer(Optimizer):
         self.phase = "ascent"
         # FSDP2 averages in every backward.
         sync = self.sync_ascent or self._shards() is not None or self.runner.must_synchronize
-        loss = _checked(self.runner.run(closure, sync=sync))
+        loss = _checked(self.runner.run(closure, sync=sync, hidden=self.partial_ascent))
         if loss is None:
             return None, None
         if isinstance(loss, Tensor):
             loss = loss.detach().clone()  # the closure may return the same tensor again
-        after = self._snapshot()
+        after = None if self.partial_ascent else self._snapshot()
         before.restore()  # the descent is to see the same function: dropout masks, augmentations, buffers
         params = [p for p in self._params() if p.grad is not None]
         if any(p.grad is not None and p.grad.is_sparse for p in params):
@@ -340,13 +352,20 @@ class SharpnessAwareOptimizer(Optimizer):
         alone = perturbation.mixes and not sync  # the ranks' gradients meet in the combination
         with self._displaced(params, perturbation):
             self.zero_grad()  # the closure does too, or should; and the descent wants their memory
+            if self.partial_ascent:
+                self.runner.share_buffers()  # what the ascent has received is gone with its traces
             self._prepare_refresh()
             self.phase = "descent"
-            perturbed_loss = _checked(self.runner.run(closure, sync=not alone, hidden=True))
+            perturbed_loss = _checked(
+                self.runner.run(closure, sync=not alone, hidden=not self.partial_ascent)
+            )
         if perturbed_loss is None:
             return None, None
-        after.restore()
-        self.metrics.update(perturbation.metrics(perturbed_loss - loss))
+        if after is None:
+            loss = perturbed_loss  # the two are of different samples, so that there is no gap to tell of
+        else:
+            after.restore()
+            self.metrics.update(perturbation.metrics(perturbed_loss - loss))
         if ascent is None:
             return loss, None
         return loss, combine(
@@ -574,6 +593,7 @@ def _rebuild(
     model: nn.Module | None,
     sync_ascent: bool,
     named_parameters: list[tuple[str, Tensor]],
+    partial_ascent: bool,
     skipped_steps: int,
 ) -> SharpnessAwareOptimizer:
     optimizer = SharpnessAwareOptimizer(
@@ -584,6 +604,7 @@ def _rebuild(
         model=model,
         sync_ascent=sync_ascent,
         named_parameters=named_parameters,
+        partial_ascent=partial_ascent,
     )
     optimizer.skipped_steps = skipped_steps
     return optimizer

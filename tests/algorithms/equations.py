@@ -138,6 +138,17 @@ def sam(loss, w, now, rho, p=2):
     return loss.gradient(there), (loss, w), (loss, there)
 
 
+def partial_sam(loss, w, now, rho, fraction):
+    """SAM whose e comes from the first samples of each microbatch, which weighs what all of it would."""
+    total = sum(len(y) for _, y in loss.microbatches)
+    g = times(0.0, w)
+    for x, y in loss.microbatches:
+        first = math.ceil(fraction * len(y))
+        g = plus(g, grad(loss.of)(w, x[:first], y[:first]), len(y) / total)
+    there = plus(w, g, rho / length(g))
+    return loss.gradient(there), (loss, there), (loss, there)
+
+
 def asam(loss, w, now, rho, eta):
     """arXiv 2102.11600: e = rho T^2 g / ||T g||."""
     g = loss.gradient(w)

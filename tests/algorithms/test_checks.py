@@ -58,6 +58,11 @@ def wrapped(params):
         (adagrad, lambda: [MSAM()], "MSAM: Adagrad keeps no momentum"),
         (sgd, lambda: [MSassha()], "LazyHessian needs an optimizer that takes curvature.*SGD does not"),
         (sgd, lambda: [ESAM(), MixUp()], "ESAM: MixUp mixes samples, .*leave it out, or set gamma=1"),
+        (
+            sgd,
+            lambda: [SAM(ascent_fraction=0.5), MixUp()],
+            "MixUp works on whole batches, .*set ascent_fract",
+        ),
         (sgd, lambda: [Schedule("rho", FollowLR())], "name='rho' is not allowed; .*momentum, .*weight_decay"),
         (
             sgd,
@@ -131,6 +136,8 @@ def test_a_hessian_of_whole_parameters_is_refused_for_sharded_ones(hessian, reas
     [
         lambda: SAM(p=3),
         lambda: SAM(p=True),
+        lambda: SAM(ascent_fraction=0),
+        lambda: Sassha(ascent_fraction=1.5),
         lambda: ASAM(rho=-1),
         lambda: ASAM(eta=-1),
         lambda: GSAM(rho_min=0.5),

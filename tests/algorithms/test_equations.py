@@ -221,6 +221,19 @@ WHOLE = [
         lambda: [ASAM(0.3, eta=0.05), LazyHessian(3, seed=11)],
         refresh=(3, 11),
     ),
+    Case(
+        "sam, partial",
+        SGD,
+        partial(eq.partial_sam, rho=0.3, fraction=0.55),
+        lambda: [SAM(0.3, ascent_fraction=0.55)],
+    ),
+    Case(
+        "sassha every 4, partial",
+        SASSHA_RULE,
+        partial(eq.partial_sam, rho=0.15, fraction=0.3),
+        lambda: [Sassha(0.15, hessian_interval=4, seed=11, ascent_fraction=0.3)],
+        refresh=(4, 11),
+    ),
     # Schedules
     Case(
         "sam, rho rises",
@@ -259,7 +272,7 @@ WHOLE = [
 ]
 
 IN_MICROBATCHES = ("sam", "gsam, linear learning rate", "looksam", "esam", "msam", "sassha", "adahessian")
-UNPUBLISHED_IN_MICROBATCHES = ("sophia every 2, looksam", "sassha every 4, esam")
+UNPUBLISHED_IN_MICROBATCHES = ("sophia every 2, looksam", "sassha every 4, esam", "sam, partial")
 CASES = [
     *WHOLE,
     *(

@@ -262,6 +262,7 @@ def observed(algorithms, **kwargs):
 AT_W = [
     SAM(rho=0.0),
     SAM(rho=0.0, p=float("inf")),
+    SAM(rho=0.0, ascent_fraction=0.4),
     ASAM(rho=0.0),
     GSAM(rho_max=0.0, rho_min=0.0, alpha=0.0),
     SSAM(rho=0.0),

@@ -86,7 +86,12 @@ def test_a_floor_has_a_product_for_every_sample_and_microbatch(run) -> None:
 
 @pytest.mark.parametrize(
     ("method", "overrides"),
-    [("esam", []), ("sophia_g", []), ("sassha", ["algorithms.sassha.batch_fraction=0.5"])],
+    [
+        ("esam", []),
+        ("sophia_g", []),
+        ("sassha", ["algorithms.sassha.batch_fraction=0.5"]),
+        ("sam", ["algorithms.sam.ascent_fraction=0.5"]),
+    ],
 )
 def test_what_is_not_made_of_whole_passes_has_no_floor(method: str, overrides: list[str], run) -> None:
     assert not has_floor(run(method, *overrides))

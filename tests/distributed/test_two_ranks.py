@@ -19,6 +19,7 @@ CHECKS = [
     "a_rank_without_a_gradient",
     "optimizer_of_the_head_alone",
     "evaluates_with_the_buffers_of_rank_zero",
+    *[f"leaves_no_trace[{fraction}]" for fraction in (1.0, 0.4)],
 ]
 
 

@@ -13,7 +13,7 @@ from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from composer_sassha import GSAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
+from composer_sassha import GSAM, SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
 from composer_sassha.algorithms._checks import parts
 from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
@@ -29,9 +29,10 @@ from tests.helpers import (
     images,
     method_trainer,
     network,
+    rng_states,
     trainer,
 )
-from tests.methods import METHODS, MORE, NAMED, Method
+from tests.methods import METHODS, MORE, NAMED, Method, sgd
 
 
 def replicas(method: Method, steps: int) -> None:
@@ -458,6 +459,19 @@ def evaluates_with_the_buffers_of_rank_zero() -> None:
     run.close()
 
 
+def leaves_no_trace(ascent_fraction: float) -> None:
+    """A second pass at radius 0 changes nothing, nor BatchNorm's statistics, which differ between ranks."""
+
+    def train(algorithms: list[Algorithm]) -> Any:
+        run = trainer(sgd, algorithms, dataset=images(80), max_duration="7ba", device_train_microbatch_size=7)
+        run.fit()
+        found = copied([run.state.model.state_dict(), rng_states()])
+        run.close()
+        return found
+
+    assert_same(train([]), train([SAM(rho=0.0, ascent_fraction=ascent_fraction)]))
+
+
 STRATEGIC = ("sam_sgd", "gsam_sgd", "looksam_sgd", "sassha")
 # What may tear replicas apart, and the methods that it is tried on: differences are refused in float16.
 WHAT_KEEPS = {
@@ -514,6 +528,8 @@ def main(out: Path, steps: int | None = None) -> None:
     checks["a_rank_without_a_gradient"] = a_rank_without_a_gradient
     checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
     checks["evaluates_with_the_buffers_of_rank_zero"] = evaluates_with_the_buffers_of_rank_zero
+    for fraction in (1.0, 0.4):
+        checks[f"leaves_no_trace[{fraction}]"] = lambda fraction=fraction: leaves_no_trace(fraction)
     run_checks(
         checks, out, double=lambda name: name.startswith(("separable", "one_process", "gsam_combines"))
     )

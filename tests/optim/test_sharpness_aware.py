@@ -308,16 +308,53 @@ def test_a_plain_checkpoint_continues_under_sam_and_back():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_and_pickles(duplicate):
     model = net()
-    optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(0.2), 2, model=model)
+    optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(0.2), 2, model=model, partial_ascent=True)
     train(model, optimizer, 3)
     other = duplicate(optimizer)
     assert other.steps_taken == 3 and other.interval == 2 and other.perturbation == optimizer.perturbation
+    assert other.partial_ascent
     assert_same(copied(other.model.state_dict()), copied(model.state_dict()))
     torch.manual_seed(0)
     train(model, optimizer, 2)
     torch.manual_seed(0)
     train(other.model, other, 2)
     assert_same(copied(other.model.state_dict()), copied(model.state_dict()))
+
+
+def test_a_partial_ascent_only_says_where_to_take_the_gradient():
+    """Loss, BatchNorm's statistics and random numbers are those of one pass over the whole batch at w + e."""
+    model, there = net(), net()
+    (x, y), *_ = batches(1)
+    optimizer = SharpnessAwareOptimizer(sgd(model), SAMPerturbation(0.2), model=model, partial_ascent=True)
+    phases = []
+
+    def loss_of(net, part):
+        return nn.functional.cross_entropy(net(x[part]), y[part])
+
+    def closure():
+        phases.append(optimizer.phase)
+        optimizer.zero_grad()
+        loss = loss_of(model, slice(2 if optimizer.phase == "ascent" else None))
+        loss.backward()
+        return loss
+
+    torch.manual_seed(5)
+    loss_of(there, slice(2)).backward()  # the ascent, which draws as many random numbers as it wants
+    there.load_state_dict({**there.state_dict(), **dict(net().named_buffers())})
+    norm = torch.stack([p.grad.norm() for p in there.parameters()]).norm()
+    with torch.no_grad():
+        for p in there.parameters():
+            p += 0.2 * p.grad / norm
+    torch.manual_seed(5)
+    expected = loss_of(there, slice(None))
+    states = rng_states()
+
+    torch.manual_seed(5)
+    torch.testing.assert_close(optimizer.step(closure), expected)
+    assert phases == ["ascent", "descent"] and "loss_gap" not in optimizer.metrics
+    assert_same(rng_states(), states)
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), there.named_buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_without_a_closure_only_a_step_of_zero_learning_rate_is_taken():
