@@ -62,15 +62,13 @@ class PerturbingAlgorithm(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, before the forward of a partial ascent, and at the end to log."""
-        if event == Event.BEFORE_FORWARD:
-            return self.ascent_fraction < 1 and _trainer.phase(state) == "ascent"
+        if self.ascent_fraction < 1 and event == Event.BEFORE_FORWARD:
+            return _trainer.phase(state) == "ascent"
         return event in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, take a part of the batch, or log."""
-        if event == Event.BEFORE_FORWARD:
-            self._take_part(state)
-        elif event == Event.INIT:
+        if event == Event.INIT:
             _checks.check(state)
         elif event == Event.BEFORE_LOAD:
             # A copy: a schedule may change it, and this one may serve another Trainer.
@@ -87,6 +85,8 @@ class PerturbingAlgorithm(Algorithm):
         elif event == Event.BATCH_END:
             self._say_if_synchronized(state)
             _trainer.log(state, logger, "sharpness", LOGGED)
+        elif event == Event.BEFORE_FORWARD:
+            self._take_part(state)
 
     def _take_part(self, state: State) -> None:
         """Leave the first samples of the microbatch in `state.batch`; the Trainer's own stays as it is."""
