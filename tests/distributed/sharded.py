@@ -45,6 +45,7 @@ PERTURBED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
     "sam": (sgd, lambda: [SAM(0.1, sync_ascent=True)]),
     "sam_inf": (sgd, lambda: [SAM(0.01, p=float("inf"), sync_ascent=True)]),
     "sam_every_2": (adamw, lambda: [SAM(0.1, interval=2, sync_ascent=True)]),
+    "sam_partial": (sgd, lambda: [SAM(0.1, ascent_fraction=0.5, sync_ascent=True)]),
     "asam": (adamw, lambda: [ASAM(0.3, sync_ascent=True)]),
     "gsam": (sgd, lambda: [GSAM(0.1, 0.05, alpha=0.2, sync_ascent=True)]),
     "ssam": (sgd, lambda: [SSAM(0.1, sync_ascent=True)]),
