@@ -97,7 +97,8 @@ class PerturbingAlgorithm(Algorithm):
                 f"that is a {type(state.batch).__name__}: it must be tensors, in tuples, lists or mappings; "
                 "set ascent_fraction=1"
             )
-        state.batch = select(state.batch, slice(math.ceil(self.ascent_fraction * size)), size)
+        # Of one sample alone BatchNorm may have no statistics.
+        state.batch = select(state.batch, slice(max(2, math.ceil(self.ascent_fraction * size))), size)
 
     def _say_if_synchronized(self, state: State) -> None:
         """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""

@@ -24,8 +24,8 @@ class SAM(PerturbingAlgorithm):
             Default: False.
         p: the norm of the neighbourhood, 2, or inf for `e = rho * sign(g)`. Default: 2.
         ascent_fraction: the share of each microbatch, its first samples, that gives g(w), in (0, 1], rounded
-            up. Below 1, the statistics, metrics and loss are those of the second pass, which has all samples,
-            and `sharpness/loss_gap` is not logged. Default: 1.
+            up, and at least two samples. Below 1, the statistics, metrics and loss are those of the second
+            pass, which has all samples, and `sharpness/loss_gap` is not logged. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is

@@ -139,11 +139,11 @@ def sam(loss, w, now, rho, p=2):
 
 
 def partial_sam(loss, w, now, rho, fraction):
-    """SAM whose e comes from the first samples of each microbatch, which weighs what all of it would."""
+    """SAM whose e comes from the first samples of each microbatch, which weigh what all of them would."""
     total = sum(len(y) for _, y in loss.microbatches)
     g = times(0.0, w)
     for x, y in loss.microbatches:
-        first = math.ceil(fraction * len(y))
+        first = max(2, math.ceil(fraction * len(y)))
         g = plus(g, grad(loss.of)(w, x[:first], y[:first]), len(y) / total)
     there = plus(w, g, rho / length(g))
     return loss.gradient(there), (loss, there), (loss, there)

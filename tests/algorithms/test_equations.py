@@ -224,8 +224,8 @@ WHOLE = [
     Case(
         "sam, partial",
         SGD,
-        partial(eq.partial_sam, rho=0.3, fraction=0.55),
-        lambda: [SAM(0.3, ascent_fraction=0.55)],
+        partial(eq.partial_sam, rho=0.3, fraction=0.3),
+        lambda: [SAM(0.3, ascent_fraction=0.3)],
     ),
     Case(
         "sassha every 4, partial",
