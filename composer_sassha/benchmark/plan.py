@@ -71,7 +71,8 @@ def traffic(
 ) -> list[Collective]:
     """List the collectives of one step in a Trainer on several ranks, under DDP.
 
-    An ascent is each rank's own unless `sync_ascent`. A perturbation that mixes gradients has the ranks
+    An ascent is each rank's own unless `sync_ascent`; after it, or a partial one, rank 0's buffers are handed
+    out once more. A perturbation that mixes gradients has the ranks
     average the mixture, and what it remembers, in place of their gradients. A refresh averages the diagonal.
 
     Args:
@@ -93,7 +94,8 @@ def traffic(
     passes = 2 if ascends else 1
 
     found = [Collective("batch size", 8)] * passes
-    found += [Collective("buffers", size) for size in _buffers(model)] * (2 if sync_ascent else 1)
+    handed_out_twice = sync_ascent or (ascends and optimizer.partial_ascent)  # type: ignore[attr-defined]
+    found += [Collective("buffers", size) for size in _buffers(model)] * (2 if handed_out_twice else 1)
     if sync_ascent:
         found += [Collective("ascent gradient", size) for size in _buckets(model)]
     if ascends and perturbation.mixes and not sync_ascent:

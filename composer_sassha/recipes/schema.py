@@ -39,7 +39,7 @@ def arguments_of(built: type, without: Collection[str] = ()) -> type:
 
     >>> from composer_sassha import SAM
     >>> arguments_of(SAM)(rho=0.1).build()
-    SAM(rho=0.1, interval=1, sync_ascent=False, p=2)
+    SAM(rho=0.1, interval=1, sync_ascent=False, p=2, ascent_fraction=1.0)
     """
     hints = get_type_hints(built.__init__)  # type: ignore[misc]  # of this very class
     settings = [
