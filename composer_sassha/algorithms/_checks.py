@@ -103,7 +103,7 @@ def _check_companions(state: State) -> None:
     perturbed_twice = getattr(perturbation_of(state), "ascends", False)
     curvatures = [getattr(owner, "curvature", None) for owner in owners]
     evaluated_twice = any(curvature.evaluates_again for curvature in curvatures if curvature is not None)
-    fraction = min(getattr(owner, "ascent_fraction", 1) for owner in owners)
+    fraction = min((getattr(part, "ascent_fraction", 1) for part in parts(state.algorithms)), default=1)
     for algorithm in state.algorithms:
         if fraction < 1 and isinstance(algorithm, _OF_WHOLE_BATCHES):
             raise ValueError(

@@ -15,7 +15,7 @@ from composer_sassha.algorithms.sam import SAM
 class _Both(Algorithm):
     def __init__(self, perturbing: PerturbingAlgorithm, lazy_hessian: LazyHessian) -> None:
         self.parts = (perturbing, lazy_hessian)
-        interval, hessian_interval = perturbing.settings()["interval"], lazy_hessian.curvature.interval
+        interval, hessian_interval = perturbing.interval, lazy_hessian.curvature.interval
         if hessian_interval % interval:
             warnings.warn(
                 f"{type(self).__name__}: hessian_interval={hessian_interval} is no multiple of interval="

@@ -42,8 +42,10 @@ def has_floor(run: Run) -> bool:
     """
     curvature = getattr(run.optimizer, "curvature", None)
     whole = curvature is None or (curvature.estimator == "hutchinson" and curvature.batch_fraction == 1)
-    whole = whole and not getattr(run.optimizer, "partial_ascent", False)
-    return whole and not any(isinstance(part, ESAM) for part in _checks.parts(run.trainer.state.algorithms))
+    partial = getattr(run.optimizer, "partial_ascent", False) or any(
+        isinstance(part, ESAM) for part in _checks.parts(run.trainer.state.algorithms)
+    )
+    return whole and not partial
 
 
 class BareOptimizer(Optimizer):

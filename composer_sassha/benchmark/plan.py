@@ -86,16 +86,17 @@ def traffic(
     >>> traffic(torch.optim.SGD(model.parameters(), lr=0.1), model, Kind())[1]
     Collective(purpose='gradient', size=32)
     """
-    perturbation: Any = getattr(optimizer, "perturbation", None)
+    wrapper: Any = optimizer  # ours, wherever a step perturbs
+    perturbation: Any = getattr(wrapper, "perturbation", None)
     ascends = kind.perturbs and perturbation.ascends
-    sync_ascent = ascends and optimizer.sync_ascent  # type: ignore[attr-defined]  # of the wrapper
+    sync_ascent = ascends and wrapper.sync_ascent
     params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     entries, flat = sum(p.numel() for p in params), wide_dtype(params).itemsize
     passes = 2 if ascends else 1
 
     found = [Collective("batch size", 8)] * passes
-    handed_out_twice = sync_ascent or (ascends and optimizer.partial_ascent)  # type: ignore[attr-defined]
-    found += [Collective("buffers", size) for size in _buffers(model)] * (2 if handed_out_twice else 1)
+    again = ascends and (wrapper.sync_ascent or wrapper.partial_ascent)
+    found += [Collective("buffers", size) for size in _buffers(model)] * (2 if again else 1)
     if sync_ascent:
         found += [Collective("ascent gradient", size) for size in _buckets(model)]
     if ascends and perturbation.mixes and not sync_ascent:

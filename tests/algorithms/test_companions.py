@@ -196,10 +196,11 @@ METHODS = [
     Method("msassha", sassha, lambda: [MSassha(rho=0.1, hessian_interval=3)]),
     Method("partial", sgd, lambda: [SAM(rho=0.1, ascent_fraction=0.5)]),
 ]
-REFUSED = {
-    (method, name)
-    for method in ("esam", "partial")
-    for name in ("mixup", "mixup_loss", "cutmix", "cutmix_loss", "ghost_batchnorm")
+REFUSED = ("mixup", "mixup_loss", "cutmix", "cutmix_loss", "ghost_batchnorm")
+# By these methods, with these words.
+REFUSING = {
+    "esam": r"ESAM: .*leave it out, or set gamma=1",
+    "partial": r" works on whole batches, .*leave it out, or set ascent_fraction=1",
 }
 
 
@@ -225,8 +226,8 @@ def flat(model):
 @each_companion
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_trains_beside_it_and_resumes_in_mid_epoch(method, companion, tmp_path):
-    if (method.name, companion.name) in REFUSED:
-        with pytest.raises(ValueError, match=r".*leave it out, or set (gamma|ascent_fraction)=1") as error:
+    if method.name in REFUSING and companion.name in REFUSED:
+        with pytest.raises(ValueError, match=REFUSING[method.name]) as error:
             companion.trainer(method)
         assert "\n" not in str(error.value)
         return
