@@ -21,7 +21,7 @@ setup(
     packages=[*find_packages(include=["composer_sassha", "composer_sassha.*"]), "composer_sassha.yamls"],
     package_dir={"composer_sassha.yamls": "yamls"},
     package_data={
-        "composer_sassha": ["py.typed", "**/*.md", "comparison/*.html"],
+        "composer_sassha": ["py.typed", "**/*.md", "**/*.html"],
         "composer_sassha.yamls": ["*.yaml"],
     },
     install_requires=[
@@ -32,6 +32,7 @@ setup(
         "omegaconf>=2.3",
         "filelock",
     ],
+    entry_points={"console_scripts": ["composer-sassha = composer_sassha.commands:main"]},
     extras_require={"demo": demo, "nlp": nlp, "dev": dev, "all": sorted({*demo, *dev})},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

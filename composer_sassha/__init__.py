@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         Schedule,
         ignore_own_entries,
     )
+    from composer_sassha.callbacks import SharpnessMonitor
     from composer_sassha.optim import SASSHA, AdaHessian, SharpnessAwareOptimizer, Sophia
-    from composer_sassha.sharpness import SharpnessMonitor
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ __all__ = [
 
 # Which part has a name; the algorithms have all others.
 _PARTS = dict.fromkeys(("SASSHA", "AdaHessian", "SharpnessAwareOptimizer", "Sophia"), "optim") | {
-    "SharpnessMonitor": "sharpness"
+    "SharpnessMonitor": "callbacks"
 }
 
 

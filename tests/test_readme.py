@@ -11,8 +11,9 @@ from composer.core import Event
 from composer.loggers import InMemoryLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_sassha import SASSHA, Sassha, compare
+from composer_sassha import SASSHA, Sassha
 from composer_sassha.recipes.files import bundled_recipes
+from tests.commands import compare
 from tests.helpers import Spy, assert_same, copied, images, network, trainer
 
 ROOT = Path(__file__).parents[1]
@@ -89,11 +90,11 @@ def test_every_recipe_is_named():
 
 @pytest.mark.parametrize(
     "command",
-    re.findall(r"^python -m composer_sassha\.compare (.+)$", README.replace("\\\n", ""), re.MULTILINE),
+    re.findall(r"^python -m composer_sassha compare (.+)$", README.replace("\\\n", ""), re.MULTILINE),
 )
 def test_comparisons_can_be_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert compare.main([*shlex.split(command), "--table"]) == 0
+    assert compare([*shlex.split(command), "--table"]) == 0
     assert "| method" in capsys.readouterr().out
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from composer_sassha._tensors import copy_into
+from composer_sassha.common.tensors import copy_into
 
 
 def test_targets_of_several_dtypes_each_get_their_own_values(monkeypatch):

@@ -11,13 +11,13 @@ from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from torch import Tensor
 
-from composer_sassha import _validate
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms import _checks, _trainer
-from composer_sassha.algorithms._batches import plain, select
-from composer_sassha.algorithms._perturbing import PerturbingAlgorithm
+from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
-from composer_sassha.optim.passes import Snapshot
+from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
+from composer_sassha.common import validate
+from composer_sassha.common.batches import select, unwrapped
+from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import ESAMPerturbation
 from composer_sassha.perturbations.esam import most_sensitive
 
@@ -70,7 +70,7 @@ class ESAM(PerturbingAlgorithm):
         target_key: Any = 1,
     ) -> None:
         super().__init__(ESAMPerturbation(rho, beta, seed), interval, sync_ascent)
-        self.gamma = _validate.share("ESAM", "gamma", gamma)
+        self.gamma = validate.share("ESAM", "gamma", gamma)
         self.input_key, self.target_key = input_key, target_key
         self._forget()
 
@@ -85,13 +85,13 @@ class ESAM(PerturbingAlgorithm):
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, between the two passes and within the second, and to log."""
         if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_LOSS, Event.BEFORE_BACKWARD):
-            return self.gamma < 1 and _trainer.phase(state) is not None
+            return self.gamma < 1 and wiring.phase(state) is not None
         return super().match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, record losses, select samples, or log."""
         selection = self._selection
-        match event, _trainer.phase(state):
+        match event, wiring.phase(state):
             case Event.BEFORE_TRAIN_BATCH, "ascent":
                 self._forget()
             case Event.AFTER_LOSS, "ascent":
@@ -109,10 +109,10 @@ class ESAM(PerturbingAlgorithm):
             case ((Event.INIT | Event.FIT_START), _):
                 self._refuse(state)
                 super().apply(event, state, logger)
-                _checks.sort(state)
+                checks.sort(state)
             case Event.BEFORE_LOAD, _:
                 super().apply(event, state, logger)
-                _trainer.wrapped_optimizer(state, on_rollback=self._forget)
+                wiring.wrapped_optimizer(state, on_rollback=self._forget)
             case Event.BATCH_END, _:
                 if selection.loss_gap is not None:
                     state.optimizers[0].metrics["loss_gap"] = selection.loss_gap
@@ -123,7 +123,7 @@ class ESAM(PerturbingAlgorithm):
         """Refuse what does not go with a selection of samples."""
         if self.gamma == 1:
             return
-        for part in _checks.parts(state.algorithms):
+        for part in checks.parts(state.algorithms):
             if isinstance(part, MixUp | CutMix):
                 raise ValueError(
                     f"ESAM: {type(part).__name__} mixes samples, which then have no loss of their own; "
@@ -143,7 +143,7 @@ class ESAM(PerturbingAlgorithm):
     def _losses_again(self, state: State) -> list[Tensor]:
         """Every sample's loss at w + e, of the ascent's microbatches, without a trace of looking."""
         batch = state.batch
-        unseen = Snapshot(plain(state.model), {losses.device for losses in self._selection.before})
+        unseen = Snapshot(unwrapped(state.model), {losses.device for losses in self._selection.before})
         try:
             try:
                 return self._look(state, graph=False)
@@ -158,7 +158,7 @@ class ESAM(PerturbingAlgorithm):
             unseen.restore()
 
     def _look(self, state: State, graph: bool) -> list[Tensor]:
-        model, after = plain(state.model), []
+        model, after = unwrapped(state.model), []
         for state.batch in self._selection.batches:
             with torch.set_grad_enabled(graph):
                 with get_precision_context(state.precision, state.precision_config):
@@ -168,7 +168,7 @@ class ESAM(PerturbingAlgorithm):
 
     def _losses(self, state: State, outputs: Any) -> Tensor:
         """The loss of every sample of `state.batch`."""
-        model, losses = plain(state.model), None
+        model, losses = unwrapped(state.model), None
         try:
             with get_precision_context(state.precision, state.precision_config):
                 losses = model.loss(outputs, state.batch, reduction="none")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from composer_sassha._ranks import any_rank
+from composer_sassha.common.ranks import any_rank
 from composer_sassha.optim import SharpnessAwareOptimizer
 
 

@@ -1,6 +1,6 @@
 """GSAM as a Composer algorithm."""
 
-from composer_sassha.algorithms._perturbing import PerturbingAlgorithm
+from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.perturbations import GSAMPerturbation
 
 

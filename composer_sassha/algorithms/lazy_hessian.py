@@ -10,13 +10,14 @@ from composer.loggers import Logger
 from composer.utils import ensure_tuple
 from torch import Tensor
 
-from composer_sassha.algorithms import _checks, _trainer
-from composer_sassha.algorithms._batches import plain, select, size_of
+from composer_sassha.algorithms import checks, wiring
+from composer_sassha.common.batches import select, size_of, unwrapped
+from composer_sassha.common.losses import total_loss
+from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.curvature import Evaluation, LazyCurvature
-from composer_sassha.optim.passes import Snapshot
 
 # Sets: the events are compared by slow code of their own otherwise, on every event of every step.
-_EVENTS = frozenset((*_trainer.START, Event.BATCH_END))
+_EVENTS = frozenset((*wiring.START, Event.BATCH_END))
 _ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD))
 _EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
 
@@ -99,14 +100,14 @@ class LazyHessian(Algorithm):
         """Wrap the optimizer, estimate, or log."""
         if event == Event.INIT:
             self._check_precision(state)
-            _checks.check(state)
-            _checks.sort(state)
+            checks.check(state)
+            checks.sort(state)
         elif event == Event.BEFORE_LOAD:
-            _trainer.wrapped_optimizer(state, self._forget).set_curvature(self.curvature)
+            wiring.wrapped_optimizer(state, self._forget).set_curvature(self.curvature)
         elif event == Event.FIT_START:
             self._check_precision(state)
-            _trainer.scale_gradients(state)
-            _checks.sort(state)  # loading may have added algorithms
+            wiring.scale_gradients(state)
+            checks.sort(state)  # loading may have added algorithms
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._batch_size = size_of(state.batch)
         elif event == Event.BEFORE_FORWARD:
@@ -117,7 +118,7 @@ class LazyHessian(Algorithm):
         elif event == Event.BEFORE_BACKWARD:
             self._estimate(state)
         else:
-            _trainer.log(state, logger, "hessian", LOGGED)
+            wiring.log(state, logger, "hessian", LOGGED)
 
     def _forget(self) -> None:
         self._replay = None
@@ -125,7 +126,7 @@ class LazyHessian(Algorithm):
     def _estimate(self, state: State) -> None:
         logits, labels = None, None
         if self.curvature.estimator in ("gauss_newton", "empirical_fisher"):
-            logits, labels = _predictions(plain(state.model), state.outputs, state.batch)
+            logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch)
         replay, self._replay = self._replay, None
 
         def attach(loss: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class _Replay:
                 "interpolate_loss=True): estimator='finite_difference' and batch_fraction < 1 cannot compute "
                 "it again; turn one of the two off"
             )
-        state, model = self.state, plain(self.state.model)
+        state, model = self.state, unwrapped(self.state.model)
         batch = select(self.batch, slice(count), size_of(self.batch))
         after = self._snapshot()
         with contextlib.ExitStack() as unnoticed:
@@ -194,7 +195,7 @@ class _Replay:
                 with get_precision_context(state.precision, state.precision_config):
                     outputs = model(batch)
                     loss = model.loss(outputs, batch)
-                yield Evaluation(_total(loss), *_predictions(model, outputs, batch))
+                yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
             finally:
                 # Not before this loss has been differentiated: its graph holds buffers too.
                 after.restore()
@@ -244,17 +245,9 @@ def _are_probabilities(labels: Any) -> TypeGuard[Tensor]:
     return torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
-def _total(loss: Any) -> Tensor:
-    """The one number that the Trainer differentiates."""
-    if isinstance(loss, Mapping) and "total" in loss:
-        return loss["total"]
-    means = [part.mean() for part in (loss.values() if isinstance(loss, Mapping) else ensure_tuple(loss))]
-    return sum(means[1:], start=means[0])
-
-
 def _with_total(loss: Any, attach: Any) -> Any:
     """Put the stand-in of the total loss where the Trainer will find it, its parts detached beside it."""
-    total = attach(_total(loss))
+    total = attach(total_loss(loss))
     if isinstance(loss, Tensor):
         return total
     if isinstance(loss, Mapping) and "total" in loss:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from composer_sassha.algorithms._perturbing import PerturbingAlgorithm
+from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.perturbations import SAMPerturbation
 
 

@@ -6,9 +6,9 @@ from typing import Any
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from composer_sassha.algorithms._perturbing import PerturbingAlgorithm, as_call
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.msam import MSAM
+from composer_sassha.algorithms.perturbing import PerturbingAlgorithm, as_call
 from composer_sassha.algorithms.sam import SAM
 
 

@@ -12,9 +12,9 @@ from composer.optim import ComposerScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from composer_sassha import _validate
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms import _checks, _trainer
+from composer_sassha.algorithms import checks, wiring
+from composer_sassha.common import validate
+from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import SharpnessAwareOptimizer
 from composer_sassha.optim.sharpness_aware import COUNTERS
 from composer_sassha.perturbations import Perturbation
@@ -68,19 +68,19 @@ class Schedule(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, and before every batch."""
-        return event in (*_trainer.START, Event.AFTER_DATALOADER, Event.BATCH_START)
+        return event in (*wiring.START, Event.AFTER_DATALOADER, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Remember the value to start from, wrap the optimizer, set the value, or check it."""
         (optimizer,) = state.optimizers
         if event == Event.INIT:
-            _checks.check(state)
+            checks.check(state)
             # Now, not later: what a checkpoint brings along has been multiplied already.
             self._bases[_base(optimizer)] = self._find_base(state)
         elif event == Event.BEFORE_LOAD:
-            _trainer.wrapped_optimizer(state)
+            wiring.wrapped_optimizer(state)
         elif event == Event.FIT_START:
-            _trainer.scale_gradients(state)  # fit() may have been given another precision
+            wiring.scale_gradients(state)  # fit() may have been given another precision
             self._check_the_end(state)
         elif event == Event.AFTER_DATALOADER:
             self._set(optimizer.perturbation, optimizer.param_groups, self._values(optimizer, state))
@@ -94,7 +94,7 @@ class Schedule(Algorithm):
     def _find_base(self, state: State) -> list[float]:
         if sum(isinstance(a, Schedule) and a.name == self.name for a in state.algorithms) > 1:
             raise ValueError(f"Schedule: {self.name} is scheduled twice; keep one of them")
-        own = _numbers(_checks.perturbation_of(state))
+        own = _numbers(checks.perturbation_of(state))
         groups = [_group_numbers(group) for group in state.optimizers[0].param_groups]
         if self.name in own:
             return [own[self.name]]
@@ -164,7 +164,7 @@ class FollowLR(ComposerScheduler):
     """
 
     def __init__(self, alpha_f: float = 0.0) -> None:
-        self.alpha_f = _validate.number("FollowLR", "alpha_f", alpha_f, low=0)
+        self.alpha_f = validate.number("FollowLR", "alpha_f", alpha_f, low=0)
 
     def __repr__(self) -> str:
         return f"FollowLR(alpha_f={self.alpha_f})"
@@ -210,7 +210,7 @@ def _check_range(
         if hasattr(optimizer, "check_group"):
             optimizer.check_group(group)
         else:  # torch's optimizers check when they are made only
-            _validate.number(type(optimizer).__name__, name, group[name], low=0)
+            validate.number(type(optimizer).__name__, name, group[name], low=0)
 
 
 def _numbers(perturbation: Perturbation | None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Stable SAM as a Composer algorithm."""
 
-from composer_sassha.algorithms._perturbing import PerturbingAlgorithm
+from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.perturbations import SSAMPerturbation
 
 

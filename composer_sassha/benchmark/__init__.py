@@ -1,4 +1,4 @@
-"""What `python -m composer_sassha.bench` does.
+"""What `python -m composer_sassha bench` does.
 
 recipes     which methods, from which recipe, on what data
 steps       one step of a given kind in a Trainer, timed

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from composer_sassha.algorithms import ESAM, _checks, _trainer
+from composer_sassha.algorithms import ESAM, checks, wiring
 from composer_sassha.benchmark.steps import Kind, Run, Timing
 from composer_sassha.recipes.config import Recipe
 
@@ -43,7 +43,7 @@ def has_floor(run: Run) -> bool:
     curvature = getattr(run.optimizer, "curvature", None)
     whole = curvature is None or (curvature.estimator == "hutchinson" and curvature.batch_fraction == 1)
     partial = getattr(run.optimizer, "partial_ascent", False) or any(
-        isinstance(part, ESAM) for part in _checks.parts(run.trainer.state.algorithms)
+        isinstance(part, ESAM) for part in checks.parts(run.trainer.state.algorithms)
     )
     return whole and not partial
 
@@ -91,7 +91,7 @@ class BareHessian(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Differentiate twice, and leave the Trainer's backward nothing to do."""
         if event == Event.BEFORE_LOAD:
-            _trainer.scale_gradients(state)
+            wiring.scale_gradients(state)
             return
         loss: Any = state.loss
         params = [p for p in state.model.parameters() if p.requires_grad]

@@ -13,13 +13,13 @@ from composer.utils import get_device
 from composer_sassha.benchmark.device import launches
 from composer_sassha.benchmark.floor import Floor, Raw, has_floor
 from composer_sassha.benchmark.memory import peaks
-from composer_sassha.benchmark.recipes import batch_size, naming, with_batch_size
+from composer_sassha.benchmark.selection import batch_size, naming, with_batch_size
 from composer_sassha.benchmark.speed import Contestant, Spread, Times, race, ratio, spread
 from composer_sassha.benchmark.steps import Kind, Run, Timing, run_of
 from composer_sassha.benchmark.update import Update, copies
+from composer_sassha.recipes.components import OPTIMIZERS
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.optimizers import OPTIMIZERS
 
 MICROBATCHES = 4  # of a refresh whose memory is compared with that of one
 _FLOOR, _RAW = " floor", " raw"  # what follows a method's name, in which there is no blank

@@ -44,11 +44,11 @@ from composer.utils import dist, get_device
 from torch import Tensor
 from torch.optim import Optimizer
 
-from composer_sassha._tensors import wide_dtype
-from composer_sassha.algorithms._batches import plain
-from composer_sassha.benchmark.recipes import batch_size, naming, with_batch_size
 from composer_sassha.benchmark.report import table
+from composer_sassha.benchmark.selection import batch_size, naming, with_batch_size
 from composer_sassha.benchmark.steps import Kind, Run, Timing, is_wrapped, median_timing, run_of
+from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.tensors import wide_dtype
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
 
@@ -306,7 +306,7 @@ def _timed(recipes: Mapping[str, Recipe], steps: int) -> dict[str, _Measured]:
 
 
 def _measured(run: Run, steps: Mapping[Kind, Sequence[Timing]], scaled: bool) -> _Measured:
-    model = plain(run.trainer.state.model)
+    model = unwrapped(run.trainer.state.model)
     return _Measured(
         {kind: median_timing(timings) for kind, timings in steps.items()},
         run.schedule,

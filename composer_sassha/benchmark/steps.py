@@ -14,7 +14,7 @@ from composer import Algorithm, Callback, State, Trainer
 from composer.models import ComposerModel
 from torch.optim import Optimizer
 
-from composer_sassha.algorithms._batches import size_of
+from composer_sassha.common.batches import size_of
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.run import _build
 

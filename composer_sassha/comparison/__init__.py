@@ -1,1 +1,1 @@
-"""What `python -m composer_sassha.compare` is made of: the grid of runs, their training, and the report."""
+"""What `python -m composer_sassha compare` is made of: the grid of runs, their training, and the report."""

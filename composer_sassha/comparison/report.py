@@ -20,8 +20,8 @@ from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
 from composer_sassha.comparison.frontier import plot_frontier, points_of
 from composer_sassha.comparison.grid import Run
-from composer_sassha.comparison.sharpness import section
 from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
+from composer_sassha.inspection.section import section
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import step_clock, write_atomically
 

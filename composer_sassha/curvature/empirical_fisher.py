@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from composer_sassha._tensors import wide_dtype
+from composer_sassha.common.tensors import wide_dtype
 
 
 def empirical_fisher_diagonal(grads: Sequence[Tensor], count: int | Tensor) -> list[Tensor]:

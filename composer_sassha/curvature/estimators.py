@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from composer_sassha._validate import SettingError
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.finite_difference import finite_difference_diagonal
 from composer_sassha.curvature.gauss_newton import gauss_newton_diagonal, predictions

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from composer_sassha._tensors import restored
-from composer_sassha._validate import SettingError
+from composer_sassha.common.tensors import restored
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.gradients import Gradients, by_autograd
 from composer_sassha.curvature.graph import nodes
 from composer_sassha.curvature.probes import rademacher

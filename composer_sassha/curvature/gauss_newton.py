@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from composer_sassha._random import generator
-from composer_sassha._tensors import wide_dtype
+from composer_sassha.common.rng import generator
+from composer_sassha.common.tensors import wide_dtype
 from composer_sassha.curvature.gradients import Gradients, by_autograd
 
 # The label that says "no prediction here", as F.cross_entropy and Hugging Face's models have it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from composer_sassha._sharding import local
+from composer_sassha.common.sharding import local
 
 # Given a loss, and whether its graph is to be kept, the gradient of every parameter: zero if it is not used.
 Gradients = Callable[[Tensor, bool], Sequence[Tensor]]

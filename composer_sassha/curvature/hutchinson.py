@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from composer_sassha._tensors import wide_dtype
-from composer_sassha._validate import SettingError
+from composer_sassha.common.tensors import wide_dtype
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.graph import nodes
 from composer_sassha.curvature.probes import rademacher
 

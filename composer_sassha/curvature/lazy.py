@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from composer_sassha import _validate
-from composer_sassha._ranks import average_, rank, world_size
-from composer_sassha._sharding import Shards, forget_copies, local, shards_of
-from composer_sassha._tensors import unflatten, wide_dtype
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import average_, rank, world_size
+from composer_sassha.common.sharding import Shards, forget_copies, local, shards_of
+from composer_sassha.common.tensors import unflatten, wide_dtype
 from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
 from composer_sassha.curvature.gradients import ByBackward, without_hooks
@@ -62,10 +62,10 @@ class LazyCurvature:
         seed: int = 0,
         batch_fraction: float = 1.0,
     ) -> None:
-        self.interval = _validate.integer("LazyHessian", "interval", interval, low=1)
-        self.samples = _validate.integer("LazyHessian", "samples", samples, low=1)
-        self.seed = _validate.integer("LazyHessian", "seed", seed, low=0)
-        self.batch_fraction = _validate.share("LazyHessian", "batch_fraction", batch_fraction)
+        self.interval = validate.integer("LazyHessian", "interval", interval, low=1)
+        self.samples = validate.integer("LazyHessian", "samples", samples, low=1)
+        self.seed = validate.integer("LazyHessian", "seed", seed, low=0)
+        self.batch_fraction = validate.share("LazyHessian", "batch_fraction", batch_fraction)
         if estimator not in list(ESTIMATORS):
             raise ValueError(
                 f"LazyHessian: estimator={estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"
@@ -176,7 +176,7 @@ class LazyCurvature:
             )
         self._shards = shards_of(params)
         if self._shards is not None and (reason := self.whole_only):
-            raise _validate.SettingError(reason)
+            raise validate.SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
         self._parts = local(params)
         self._scale, self._gradient_scale = scale, gradient_scale
@@ -338,7 +338,7 @@ class LazyCurvature:
             of_loss = differentiable_gradients(scaled, wrt)
         found = [(i, grad) for i, grad in enumerate(of_loss[: len(self._params)]) if grad is not None]
         if any(grad.is_sparse for _, grad in found):
-            raise _validate.SettingError(
+            raise validate.SettingError(
                 "LazyHessian: sparse gradients give no estimate; build the embedding with sparse=False"
             )
         if not found:
@@ -457,7 +457,7 @@ def _reentrant_checkpoints_refused() -> Iterator[None]:
     except RuntimeError as error:
         if "use_reentrant=True" not in str(error):
             raise
-        raise _validate.SettingError(
+        raise validate.SettingError(
             "LazyHessian: a Hessian refresh cannot go through reentrant activation checkpoints; pass "
             "use_reentrant=False to torch.utils.checkpoint (Hugging Face: "
             "gradient_checkpointing_kwargs={'use_reentrant': False})"

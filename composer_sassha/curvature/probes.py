@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from composer_sassha._random import generator
-from composer_sassha._tensors import unflatten
+from composer_sassha.common.rng import generator
+from composer_sassha.common.tensors import unflatten
 
 
 def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from composer_sassha import _validate
-from composer_sassha.optim._second_order import (
+from composer_sassha.common import validate
+from composer_sassha.optim.second_order import (
     SecondOrderOptimizer,
     corrected_denominators,
     corrected_step,
@@ -95,8 +95,8 @@ class AdaHessian(SecondOrderOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        _validate.number("AdaHessian", "hessian_power", group["hessian_power"], low=0, high=1)
-        size = _validate.integer("AdaHessian", "block_size", group["block_size"], low=1)
+        validate.number("AdaHessian", "hessian_power", group["hessian_power"], low=0, high=1)
+        size = validate.integer("AdaHessian", "block_size", group["block_size"], low=1)
         for p in group["params"]:
             if isinstance(p, DTensor) and p.ndim == 2 and p.shape[1] % size:
                 raise ValueError(

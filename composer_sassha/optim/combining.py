@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from composer_sassha._ranks import average_, several
-from composer_sassha._sharding import local
-from composer_sassha._tensors import copy_into, flatten, unflatten
+from composer_sassha.common.ranks import average_, several
+from composer_sassha.common.sharding import local
+from composer_sassha.common.tensors import copy_into, flatten, unflatten
 from composer_sassha.perturbations import Perturbation
 
 

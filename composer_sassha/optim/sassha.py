@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from composer_sassha import _validate
-from composer_sassha.optim._second_order import (
+from composer_sassha.common import validate
+from composer_sassha.optim.second_order import (
     SecondOrderOptimizer,
     corrected_denominators,
     corrected_step,
@@ -83,7 +83,7 @@ class SASSHA(SecondOrderOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        _validate.number("SASSHA", "hessian_power", group["hessian_power"], low=0, high=1)
+        validate.number("SASSHA", "hessian_power", group["hessian_power"], low=0, high=1)
 
     def _prepare(self, estimates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return list(torch._foreach_abs(estimates))

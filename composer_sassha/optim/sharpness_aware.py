@@ -15,13 +15,14 @@ from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from composer_sassha import _validate
-from composer_sassha._ranks import rank
-from composer_sassha._sharding import Shards, forget_copies, local, shards_of
-from composer_sassha._tensors import copy_into, copy_of, unflatten
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import rank
+from composer_sassha.common.sharding import Shards, forget_copies, local, shards_of
+from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.tensors import copy_into, copy_of, unflatten
 from composer_sassha.curvature import LazyCurvature, NormsInFloat32
 from composer_sassha.optim.combining import combine, flat_gradient, reuse
-from composer_sassha.optim.passes import Closure, PassRunner, Snapshot
+from composer_sassha.optim.passes import Closure, PassRunner
 from composer_sassha.perturbations import Perturbation, Point
 
 # Kept in every parameter group, so that they are saved and loaded with the optimizer: steps taken, the step
@@ -157,9 +158,9 @@ class SharpnessAwareOptimizer(Optimizer):
                     "as real numbers, and use torch.view_as_complex in the model"
                 )
         self.perturbation = perturbation
-        self.interval = _validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
-        self.sync_ascent = _validate.boolean("SharpnessAwareOptimizer", "sync_ascent", sync_ascent)
-        self.partial_ascent = _validate.boolean("SharpnessAwareOptimizer", "partial_ascent", partial_ascent)
+        self.interval = validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
+        self.sync_ascent = validate.boolean("SharpnessAwareOptimizer", "sync_ascent", sync_ascent)
+        self.partial_ascent = validate.boolean("SharpnessAwareOptimizer", "partial_ascent", partial_ascent)
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose when and how the Hessian diagonal is estimated; see the class."""

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from composer_sassha import _validate
-from composer_sassha.optim._second_order import SecondOrderOptimizer, kept
+from composer_sassha.common import validate
+from composer_sassha.optim.second_order import SecondOrderOptimizer, kept
 
 
 class Sophia(SecondOrderOptimizer):
@@ -79,7 +79,7 @@ class Sophia(SecondOrderOptimizer):
 
     def check_group(self, group: dict[str, Any]) -> None:
         super().check_group(group)
-        _validate.number("Sophia", "clip_threshold", group["clip_threshold"], low=0)
+        validate.number("Sophia", "clip_threshold", group["clip_threshold"], low=0)
 
     def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
         averages = kept(states, "exp_hessian")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from composer_sassha import _validate
-from composer_sassha._tensors import global_norm
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import global_norm
 from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 
@@ -39,8 +39,8 @@ class ASAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("ASAM", "rho", self.rho, low=0)
-        _validate.number("ASAM", "eta", self.eta, low=0)
+        validate.number("ASAM", "rho", self.rho, low=0)
+        validate.number("ASAM", "eta", self.eta, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`. The norm that is logged is that of T g.

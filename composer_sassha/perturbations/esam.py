@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from composer_sassha import _validate
-from composer_sassha._random import generator
-from composer_sassha._tensors import global_norm, unflatten
+from composer_sassha.common import validate
+from composer_sassha.common.rng import generator
+from composer_sassha.common.tensors import global_norm, unflatten
 from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 
@@ -43,9 +43,9 @@ class ESAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("ESAM", "rho", self.rho, low=0)
-        _validate.share("ESAM", "beta", self.beta)
-        _validate.integer("ESAM", "seed", self.seed, low=0)
+        validate.number("ESAM", "rho", self.rho, low=0)
+        validate.share("ESAM", "beta", self.beta)
+        validate.integer("ESAM", "seed", self.seed, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

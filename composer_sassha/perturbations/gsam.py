@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from composer_sassha import _validate
-from composer_sassha._tensors import inner_products
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import inner_products
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -57,15 +57,15 @@ class GSAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("GSAM", "rho_max", self.rho_max, low=0)
-        _validate.number("GSAM", "rho_min", self.rho_min, low=0)
+        validate.number("GSAM", "rho_max", self.rho_max, low=0)
+        validate.number("GSAM", "rho_min", self.rho_min, low=0)
         if self.rho_min > self.rho_max:
             raise ValueError(
                 f"GSAM: rho_min={self.rho_min!r} is not allowed; it must be <= rho_max={self.rho_max!r}: "
                 "lower the one or raise the other"
             )
-        _validate.number("GSAM", "alpha", self.alpha, low=0)
-        _validate.number("GSAM", "lr_min", self.lr_min, low=0)
+        validate.number("GSAM", "alpha", self.alpha, low=0)
+        validate.number("GSAM", "lr_min", self.lr_min, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

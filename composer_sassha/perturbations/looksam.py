@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from composer_sassha import _validate
-from composer_sassha._tensors import euclidean_norms, inner_products
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import euclidean_norms, inner_products
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -44,8 +44,8 @@ class LookSAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("LookSAM", "rho", self.rho, low=0)
-        _validate.number("LookSAM", "alpha", self.alpha, low=0)
+        validate.number("LookSAM", "rho", self.rho, low=0)
+        validate.number("LookSAM", "alpha", self.alpha, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

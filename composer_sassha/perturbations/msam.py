@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from composer_sassha import _validate
-from composer_sassha._tensors import global_norm
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import global_norm
 from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 
@@ -41,7 +41,7 @@ class MSAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("MSAM", "rho", self.rho, low=0)
+        validate.number("MSAM", "rho", self.rho, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

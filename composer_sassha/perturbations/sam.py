@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from composer_sassha import _validate
-from composer_sassha._tensors import global_norm
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import global_norm
 from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 
@@ -37,7 +37,7 @@ class SAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("SAM", "rho", self.rho, low=0)
+        validate.number("SAM", "rho", self.rho, low=0)
         if self.p not in (2, math.inf) or isinstance(self.p, bool):
             raise ValueError(f"SAM: p={self.p!r} is not allowed; it must be 2 or inf")
 

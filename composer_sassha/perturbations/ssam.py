@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from composer_sassha import _validate
-from composer_sassha._tensors import euclidean_norms
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import euclidean_norms
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.sam import SAMPerturbation
 
@@ -36,7 +36,7 @@ class SSAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("SSAM", "rho", self.rho, low=0)
+        validate.number("SSAM", "rho", self.rho, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

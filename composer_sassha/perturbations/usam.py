@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from composer_sassha import _validate
-from composer_sassha._tensors import global_norm
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import global_norm
 from composer_sassha.perturbations.base import Perturbation, Point
 from composer_sassha.perturbations.ssam import renormalized
 
@@ -38,8 +38,8 @@ class USAMPerturbation(Perturbation):
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
-        _validate.number("USAM", "rho", self.rho, low=0)
-        self.mixes = _validate.boolean("USAM", "renormalize", self.renormalize)
+        validate.number("USAM", "rho", self.rho, low=0)
+        self.mixes = validate.boolean("USAM", "renormalize", self.renormalize)
 
     def displace(self, point: Point) -> dict[str, float]:
         """Move the weights by e; see `Perturbation`."""

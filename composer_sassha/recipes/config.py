@@ -14,13 +14,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_sassha.recipes.algorithms import ALGORITHMS
-from composer_sassha.recipes.callbacks import CALLBACKS
+from composer_sassha.recipes.components import ALGORITHMS, CALLBACKS, OPTIMIZERS
 from composer_sassha.recipes.data import DATASETS
 from composer_sassha.recipes.errors import ConfigError, did_you_mean
 from composer_sassha.recipes.files import find_recipe
 from composer_sassha.recipes.models import MODELS
-from composer_sassha.recipes.optimizers import OPTIMIZERS
 from composer_sassha.recipes.schedulers import SCHEDULERS, SCHEDULES
 from composer_sassha.recipes.schema import checked, lookup, mapping, parse, time_in, within
 

@@ -22,8 +22,8 @@ from filelock import FileLock
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms import Schedule, _checks
+from composer_sassha.algorithms import Schedule, checks
+from composer_sassha.common.validate import SettingError
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import (
@@ -42,7 +42,7 @@ _EXTRAS = {"sklearn": "demo", "matplotlib": "demo", "scipy": "demo", "transforme
 _LOOK = 16  # samples of the first batch that the model has to take before anything is written
 
 
-def run(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+def train_recipe(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     """Train what the recipe says, or continue where an earlier call stopped, and return the results.
 
     The run folder gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `curves.png` and, when all is done,
@@ -110,7 +110,7 @@ def _build(recipe: Recipe) -> _Parts:
         with config_errors(f"callbacks.{name}"):
             callbacks.append(callback.build())
     if hasattr(optimizer, "update_curvature") and not any(
-        hasattr(p, "curvature") for p in _checks.parts(algorithms)
+        hasattr(p, "curvature") for p in checks.parts(algorithms)
     ):
         raise ConfigError(
             f"algorithms: {type(optimizer).__name__} needs a Hessian; add algorithms.lazy_hessian={{}}, "

@@ -2,24 +2,22 @@
 
 from composer_sassha.sharpness.hessian import Eigenpairs, Estimate, top_eigenpairs, top_eigenvalues, trace
 from composer_sassha.sharpness.landscape import filter_normalized, interpolation, line, plane
-from composer_sassha.sharpness.measure import Measures, measure
-from composer_sassha.sharpness.monitor import SharpnessMonitor
+from composer_sassha.sharpness.measures import Measures, measure
 from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
-from composer_sassha.sharpness.sharpness import (
+from composer_sassha.sharpness.perturbed_loss import (
     asam_sharpness,
     average_sharpness,
     m_sharpness,
     rise,
     sam_sharpness,
 )
-from composer_sassha.sharpness.spectrum import Spectrum, spectrum
+from composer_sassha.sharpness.spectral_density import Spectrum, spectrum
 
 __all__ = [
     "Eigenpairs",
     "Estimate",
     "Measures",
     "Objective",
-    "SharpnessMonitor",
     "Spectrum",
     "Unfinished",
     "asam_sharpness",

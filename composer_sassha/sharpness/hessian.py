@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from composer_sassha import _validate
-from composer_sassha._random import generator
-from composer_sassha._ranks import rank, several
-from composer_sassha._tensors import flatten
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import rank, several
+from composer_sassha.common.rng import generator
+from composer_sassha.common.tensors import flatten
 from composer_sassha.curvature.probes import rademacher
 from composer_sassha.sharpness.objective import Objective, wide_like
 
@@ -109,8 +109,8 @@ def top_eigenvalues(objective: Objective, k: int = 5, tol: float = 1e-3, seed: i
 
 
 def _check(k: int, tol: float) -> None:
-    _validate.integer("sharpness", "eigenvalues", k, low=1)
-    _validate.number("sharpness", "tol", tol, low=1e-15)
+    validate.integer("sharpness", "eigenvalues", k, low=1)
+    validate.number("sharpness", "tol", tol, low=1e-15)
 
 
 def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) -> Eigenpairs:
@@ -160,7 +160,7 @@ def trace(objective: Objective, samples: int = 32, seed: int = 0) -> Estimate:
         >>> trace(Objective({"w": w}, lambda x: (x * w**2).sum(), [(torch.tensor([1.0, 3.0]), 1)]), samples=2)
         Estimate(mean=8.0, error=0.0)
     """
-    _validate.integer("sharpness", "trace_samples", samples, low=2)
+    validate.integer("sharpness", "trace_samples", samples, low=2)
     found = []
     for sample in range(samples):
         z = flatten(rademacher(objective.params, (seed, sample)), like=objective.params)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from composer_sassha._tensors import copy_into, copy_of, flatten, restored
-from composer_sassha.algorithms._batches import plain
+from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.tensors import copy_into, copy_of, flatten, restored
 from composer_sassha.sharpness.objective import Objective
-from composer_sassha.sharpness.sharpness import random_vector
+from composer_sassha.sharpness.perturbed_loss import random_vector
 
 
 def filter_normalized(objective: Objective, seed: int = 0) -> Tensor:
@@ -110,7 +110,7 @@ def interpolation(
         KeyError: `end` lacks a part of the model.
         Unfinished: the time is over.
     """
-    state = {name: t for name, t in plain(model).state_dict().items() if t.is_floating_point()}
+    state = {name: t for name, t in unwrapped(model).state_dict().items() if t.is_floating_point()}
     parts = list(state.values())
     losses = []
     with restored(parts), torch.no_grad():

@@ -9,17 +9,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from composer_sassha._ranks import several
-from composer_sassha._tensors import flatten, unflatten, wide_dtype
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms._batches import plain, select
+from composer_sassha.common.batches import select, unwrapped
+from composer_sassha.common.losses import total_loss
+from composer_sassha.common.ranks import several
+from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.gradients import without_hooks
 from composer_sassha.curvature.hutchinson import (
     NoSecondDerivative,
     differentiable_gradients,
     hessian_product,
 )
-from composer_sassha.optim.passes import Snapshot
 
 _SEED = 0  # of what a model draws while it is measured
 
@@ -181,12 +182,10 @@ def objective_of(
         batches: each with its number of samples.
         tick: see `Objective`.
     """
-    from composer_sassha.algorithms.lazy_hessian import _total
-
-    inner = plain(model)
+    inner = unwrapped(model)
     return Objective(
         dict(inner.named_parameters()),
-        lambda batch: _total(inner.loss(inner(batch), batch)),
+        lambda batch: total_loss(inner.loss(inner(batch), batch)),
         batches,
         tick=tick,
     )
@@ -205,7 +204,7 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
         batch_statistics: BatchNorm normalizes by the mean and variance of each batch, as in training,
             instead of the running ones; those are left as they are. Default: False.
     """
-    model = plain(model)
+    model = unwrapped(model)
     modes = [(module, module.training) for module in model.modules()]
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [norm.track_running_stats for norm in norms]

@@ -8,7 +8,7 @@ import torch
 from composer.core import Event
 
 from composer_sassha import SAM
-from composer_sassha.algorithms import _checks, _perturbing
+from composer_sassha.algorithms import checks, perturbing
 from tests.helpers import PASS_EVENTS, Spy, assert_same, copied, everything, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
 
@@ -187,7 +187,7 @@ def test_the_first_batch_which_the_trainer_averages_is_not_taken_for_all(monkeyp
     mock = SimpleNamespace(
         get_world_size=lambda: 2, get_global_rank=lambda: 0, all_gather_object=lambda norm: [norm, norm]
     )
-    monkeypatch.setattr(_perturbing, "dist", mock)
+    monkeypatch.setattr(perturbing, "dist", mock)
     run = trainer(sgd, [SAM()], max_duration="1ba")
     (sam,) = run.state.algorithms
     run.state.optimizers[0].metrics["grad_norm"] = 1.0
@@ -204,9 +204,9 @@ def test_several_ranks_are_warned(monkeypatch):
     run.state.auto_microbatching = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _checks.check(run.state)
-    monkeypatch.setattr(_checks.dist, "get_world_size", lambda: 2)
+        checks.check(run.state)
+    monkeypatch.setattr(checks.dist, "get_world_size", lambda: 2)
     with pytest.warns(UserWarning, match=r"'auto' on several ranks: .* set a number instead$"):
-        _checks.check(run.state)
+        checks.check(run.state)
     monkeypatch.undo()
     run.close()

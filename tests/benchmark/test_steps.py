@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from composer_sassha.benchmark.floor import Floor, Raw, has_floor
 from composer_sassha.benchmark.memory import Memory, peaks
-from composer_sassha.benchmark.recipes import chosen_recipes
+from composer_sassha.benchmark.selection import chosen_recipes
 from composer_sassha.benchmark.speed import Times, race, ratio, spread
 from composer_sassha.benchmark.steps import Kind, Run, Timing, run_of
 from composer_sassha.recipes.config import Recipe

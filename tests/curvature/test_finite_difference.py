@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from composer_sassha._validate import SettingError
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import finite_difference_diagonal, rademacher
 from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
 from tests.curvature.problems import Problem, flat

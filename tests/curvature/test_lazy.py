@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from composer_sassha._validate import SettingError
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import (
     ESTIMATORS,
     Evaluation,

@@ -32,7 +32,7 @@ from composer_sassha import (
     SharpnessAwareOptimizer,
     ignore_own_entries,
 )
-from composer_sassha._sharding import local
+from composer_sassha.common.sharding import local
 from composer_sassha.curvature import LazyCurvature, rademacher
 from composer_sassha.curvature.gauss_newton import _draw
 from composer_sassha.perturbations import SAMPerturbation

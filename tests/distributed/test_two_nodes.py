@@ -13,13 +13,13 @@ from composer import Callback
 from composer.utils import dist, get_free_tcp_port
 
 from composer_sassha.recipes.config import load_recipe
-from composer_sassha.recipes.run import run
+from composer_sassha.recipes.run import train_recipe
 from tests.distributed.launch import finish, start, wait
 from tests.helpers import assert_same
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["max_duration=12ba", "save_interval=5ba", "progress_bar=false"]
-TRAIN = f"-m composer_sassha.train digits {' '.join(SETTINGS)}"
+TRAIN = f"-m composer_sassha train digits {' '.join(SETTINGS)}"
 
 # What is run on each node; $NODE is its number.
 COMPOSER = "composer --world_size 2 --node_rank $NODE -n 1 --master_addr 127.0.0.1 --master_port $PORT"
@@ -56,7 +56,7 @@ def on_two_nodes(command: str, folder: Path) -> list[tuple[int, str]]:
 
 def train_in(folder: Path) -> None:
     os.chdir(folder)
-    run(load_recipe("digits", SETTINGS))
+    train_recipe(load_recipe("digits", SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -117,4 +117,4 @@ class Breakdown(Callback):
 
 def break_down_in(folder: Path) -> None:
     os.chdir(folder)
-    run(load_recipe("digits", SETTINGS), [Breakdown()])
+    train_recipe(load_recipe("digits", SETTINGS), [Breakdown()])

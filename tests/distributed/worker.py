@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from composer_sassha import GSAM, SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
-from composer_sassha.algorithms._checks import parts
+from composer_sassha.algorithms.checks import parts
 from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers

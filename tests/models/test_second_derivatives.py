@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from composer_sassha import SAM, LazyHessian, Sassha
-from composer_sassha._validate import SettingError
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import ESTIMATORS, LazyCurvature
 from tests.helpers import assert_same, copied, trainer
 from tests.methods import adahessian, sassha

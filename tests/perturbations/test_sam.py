@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from composer_sassha._tensors import global_norm
+from composer_sassha.common.tensors import global_norm
 from composer_sassha.perturbations import Point, SAMPerturbation
 from tests.perturbations.points import DTYPES, assert_displaces, norm, tensors
 

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 import composer_sassha
-from composer_sassha.recipes.algorithms import ALGORITHMS
-from composer_sassha.recipes.callbacks import CALLBACKS
+from composer_sassha.recipes.components import ALGORITHMS, CALLBACKS
 from composer_sassha.recipes.config import load_recipe, read_recipe
 from composer_sassha.recipes.data import Digits, ImageFolder, ImageNet
 from composer_sassha.recipes.data.images import InMemoryImages

@@ -24,7 +24,7 @@ from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.hub import fetched
 from composer_sassha.recipes.models import GPT, ResNetCIFAR, TextClassifier
-from composer_sassha.recipes.run import run, summary
+from composer_sassha.recipes.run import summary, train_recipe
 from composer_sassha.recipes.schedulers import Linear
 from tests.recipes.test_run import Stop, same_runs, weights
 
@@ -265,7 +265,7 @@ def quick(name: str, method: str) -> bool:
 )
 def test_every_method_trains(name: str, method: str, small: Callable[..., Recipe]) -> None:
     recipe = small(name, method, "max_duration=2ba")
-    results = run(recipe)
+    results = train_recipe(recipe)
     assert results["steps"] == 2 and math.isfinite(results["loss"])
     assert results["heldout"] == "validation" and results["reported"] is None
     names = {"gpt_text": ["perplexity", "loss"], "glue_stsb": ["pearson", "spearman", "loss"]}
@@ -293,14 +293,14 @@ def test_a_continued_run_equals_an_uninterrupted_one_and_so_does_its_repetition(
     )
     settings = [*length, "save_interval=2ba", "eval_interval=3ba"]
     whole, parts = (small(name, "sassha", *settings, folder=folder) for folder in ("whole", "parts"))
-    run(whole)
+    train_recipe(whole)
     for event, batch in [("batch_end", 3), ("batch_start", 8)]:
         with pytest.raises(KeyboardInterrupt):
-            run(parts, [Stop(event, batch)])
-    run(parts)
+            train_recipe(parts, [Stop(event, batch)])
+    train_recipe(parts)
     same_runs(whole, parts)
     again = load_recipe(whole.folder / "config.yaml", [f"save_folder={tmp_path / 'again'}"])
-    run(again)
+    train_recipe(again)
     same_runs(whole, again)
 
 
@@ -308,7 +308,7 @@ def test_a_continued_run_equals_an_uninterrupted_one_and_so_does_its_repetition(
 @pytest.mark.parametrize("name", ["glue_mrpc", "glue_stsb", "glue_mnli", "gpt_text"])
 def test_the_metrics_are_those_of_other_libraries(name: str, small: Callable[..., Recipe]) -> None:
     recipe = small(name, "adamw", "max_duration=2ba")
-    results = run(recipe)
+    results = train_recipe(recipe)
     model = recipe.model.build().eval()
     model.load_state_dict(weights(recipe))
     _, heldout = recipe.data.build(seed=5)
@@ -518,7 +518,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
         paths[task] = str(request.getfixturevalue("glue")(task))
     before = {*tmp_path.rglob("*")}
     with pytest.raises(ConfigError) as refused:
-        run(small(name, "adamw", *(override.format(**paths) for override in overrides)))
+        train_recipe(small(name, "adamw", *(override.format(**paths) for override in overrides)))
     message = str(refused.value)
     assert all(part in message for part in parts) and "\n" not in message, message
     assert {*tmp_path.rglob("*")} == before
@@ -536,7 +536,7 @@ def test_a_model_for_other_data_is_refused(
     name: str, parts: dict[str, Any], message: str, small: Callable[..., Recipe]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(replace(small(name, "adamw"), **parts))
+        train_recipe(replace(small(name, "adamw"), **parts))
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_a_missing_package_is_named_with_its_extra(
     recipe = small(name, "adamw")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"{place}: needs {package}; pip install 'composer_sassha\[nlp\]'"):
-        run(recipe)
+        train_recipe(recipe)
 
 
 def test_what_the_hub_says_of_its_attempts_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -572,7 +572,7 @@ def test_what_the_hub_says_of_its_attempts_is_left_out(caplog: pytest.LogCapture
 
 def test_results_say_what_ranks(small: Callable[..., Recipe]) -> None:
     recipe = small("glue_qqp", "adamw", "max_duration=2ba")
-    run(recipe)
+    train_recipe(recipe)
     results = json.loads((recipe.folder / "results.json").read_text())
     assert results["metrics"] == ["MulticlassAccuracy", "BinaryF1Score", "LanguageCrossEntropy"]
     record = json.loads((recipe.folder / "metrics.jsonl").read_text().splitlines()[-1])

@@ -15,7 +15,7 @@ from composer_sassha.recipes.config import Recipe, load_recipe, read_recipe
 from composer_sassha.recipes.data import CIFAR10, CIFAR100, SVHN, FashionMNIST
 from composer_sassha.recipes.data.images import Split
 from composer_sassha.recipes.files import bundled_recipes
-from composer_sassha.recipes.run import run
+from composer_sassha.recipes.run import train_recipe
 from composer_sassha.recipes.schedulers import Cosine, Linear
 from tests.recipes.test_data import photographs
 from tests.recipes.test_run import Stop, same_runs
@@ -508,7 +508,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], li
 def test_every_method_trains(
     name: str, method: str, tmp_path: Path, small: Callable[[str], list[str]]
 ) -> None:
-    results = run(recipe(name, method, *small(name), f"save_folder={tmp_path}", "max_duration=2ba"))
+    results = train_recipe(recipe(name, method, *small(name), f"save_folder={tmp_path}", "max_duration=2ba"))
     assert results["steps"] == 2
     assert results["loss"] is not None
     assert results["reported"] == reported_of(name, method)
@@ -531,9 +531,9 @@ def test_a_continued_run_sees_the_same_images(
     whole, parts = (
         recipe(name, "sassha", *overrides, f"save_folder={tmp_path / part}") for part in ("whole", "parts")
     )
-    run(whole)
+    train_recipe(whole)
     for event, batch in [("batch_end", 2), ("batch_start", 6)]:
         with pytest.raises(KeyboardInterrupt):
-            run(parts, [Stop(event, batch)])
-    run(parts)
+            train_recipe(parts, [Stop(event, batch)])
+    train_recipe(parts)
     same_runs(whole, parts)

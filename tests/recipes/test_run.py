@@ -15,7 +15,7 @@ from composer.utils import dist
 from composer_sassha.recipes.config import Recipe, load_recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import check_seen
-from composer_sassha.recipes.run import run
+from composer_sassha.recipes.run import train_recipe
 from composer_sassha.recipes.run_log import RunLog
 
 
@@ -65,11 +65,11 @@ SCHEDULES = "schedules={rho: {name: cosine, alpha_f: 0.1}, hessian_power: {name:
 )
 def test_a_continued_run_equals_an_uninterrupted_one(settings: list[str], tmp_path: Path) -> None:
     whole, parts = recipe(tmp_path / "whole", *settings), recipe(tmp_path / "parts", *settings)
-    run(whole)
+    train_recipe(whole)
     for event, batch in [("batch_end", 3), ("batch_start", 7), ("after_train_batch", 15)]:
         with pytest.raises(KeyboardInterrupt):
-            run(parts, [Stop(event, batch)])
-    run(parts)
+            train_recipe(parts, [Stop(event, batch)])
+    train_recipe(parts)
     same_runs(whole, parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
 
@@ -85,11 +85,11 @@ def test_a_measurement_is_neither_lost_nor_repeated(interval: str, saved: str, t
     settings = ["sgd", f"callbacks.sharpness_monitor={MONITOR % (interval, spectrum)}", "model.width=2"]
     settings += [f"save_interval={saved}", "eval_interval=2ep"]  # no evaluation takes the first along
     whole, parts = recipe(tmp_path / "whole", *settings), recipe(tmp_path / "parts", *settings)
-    run(whole)
+    train_recipe(whole)
     for event, batch in [("epoch_end", 11), ("epoch_checkpoint", 11), ("batch_start", 12), ("fit_end", 22)]:
         with pytest.raises(KeyboardInterrupt):
-            run(parts, [Stop(event, batch)])
-    run(parts)
+            train_recipe(parts, [Stop(event, batch)])
+    train_recipe(parts)
     same_runs(whole, parts)
     measured = [record["batch"] for record in metrics(whole) if "sharpness/trace" in record]
     assert measured == {"3ba": [*range(3, 22, 3), 22], "11ba": [11, 22], "1ep": [11, 22]}[interval]
@@ -139,10 +139,10 @@ def test_what_callbacks_measure_is_not_training_time(tmp_path: Path, monkeypatch
 def test_stopped_around_an_evaluation(event: str, interval: str, tmp_path: Path) -> None:
     whole = recipe(tmp_path / "whole", "sgd", f"save_interval={interval}")
     parts = recipe(tmp_path / "parts", "sgd", f"save_interval={interval}")
-    run(whole)
+    train_recipe(whole)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, [Stop(event, 22 if event == "fit_end" else 11)])
-    run(parts)
+        train_recipe(parts, [Stop(event, 22 if event == "fit_end" else 11)])
+    train_recipe(parts)
     same_runs(whole, parts)
 
 
@@ -150,35 +150,35 @@ def test_stopped_before_the_last_evaluation(tmp_path: Path) -> None:
     """Training that ends within an epoch is evaluated after its last checkpoint."""
     whole = recipe(tmp_path / "whole", "sgd", "max_duration=15ba")
     parts = recipe(tmp_path / "parts", "sgd", "max_duration=15ba")
-    run(whole)
+    train_recipe(whole)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, [Stop("fit_end", 15)])
-    run(parts)
+        train_recipe(parts, [Stop("fit_end", 15)])
+    train_recipe(parts)
     same_runs(whole, parts)
 
 
 def test_a_checkpoint_that_a_kill_left_half_written_is_replaced(tmp_path: Path) -> None:
     whole, parts = recipe(tmp_path / "whole", "sgd"), recipe(tmp_path / "parts", "sgd")
-    run(whole)
+    train_recipe(whole)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, [Stop("batch_end", 7)])
+        train_recipe(parts, [Stop("batch_end", 7)])
     (parts.folder / "checkpoints" / "ep0-ba8-rank0.pt").write_bytes(b"half")
     with (parts.folder / "metrics.jsonl").open("a") as file:
         file.write('{"batch": 8, "ep')
-    run(parts)
+    train_recipe(parts)
     same_runs(whole, parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
 
 
 def test_a_first_checkpoint_that_a_kill_left_half_written_is_not_continued_from(tmp_path: Path) -> None:
     whole, parts = recipe(tmp_path / "whole", "sgd"), recipe(tmp_path / "parts", "sgd")
-    run(whole)
+    train_recipe(whole)
     with pytest.raises(KeyboardInterrupt):
-        run(parts, [Stop("batch_end", 3)])
+        train_recipe(parts, [Stop("batch_end", 3)])
     first = parts.folder / "checkpoints" / "ep0-ba4-rank0.pt"
-    run(recipe(tmp_path / "source", "sgd", "max_duration=4ba"))
+    train_recipe(recipe(tmp_path / "source", "sgd", "max_duration=4ba"))
     first.write_bytes(next(tmp_path.glob("source/**/ep0-ba4-rank0.pt")).read_bytes()[:-100])
-    run(parts)
+    train_recipe(parts)
     same_runs(whole, parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
 
@@ -190,6 +190,8 @@ def test_a_checkpoint_that_another_node_does_not_see_is_refused(monkeypatch: pyt
 
 
 def test_a_diverged_run_is_recorded_as_valid_json(tmp_path: Path) -> None:
-    results = run(recipe(tmp_path, "sgd", "optimizer.lr=1e30", "schedulers=null", "max_duration=1ep"))
+    results = train_recipe(
+        recipe(tmp_path, "sgd", "optimizer.lr=1e30", "schedulers=null", "max_duration=1ep")
+    )
     assert results["loss"] is None
     assert "NaN" not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from composer_sassha._validate import SettingError
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import rademacher
 from composer_sassha.sharpness import Objective, Unfinished, top_eigenpairs, top_eigenvalues, trace
 from tests.curvature.problems import Problem

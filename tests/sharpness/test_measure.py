@@ -15,7 +15,7 @@ from composer_sassha.sharpness import (
     top_eigenvalues,
     trace,
 )
-from composer_sassha.sharpness.measure import Deadline, eigenvalue_metrics
+from composer_sassha.sharpness.measures import Deadline, eigenvalue_metrics
 from composer_sassha.sharpness.objective import Unfinished
 from tests.curvature.problems import Problem
 from tests.sharpness.problems import objective_of_problem, quadratic, symmetric

@@ -13,12 +13,12 @@ from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_sassha import SharpnessMonitor
-from composer_sassha._validate import SettingError
+from composer_sassha.callbacks.sharpness_monitor import take
+from composer_sassha.common.validate import SettingError
 from composer_sassha.recipes.config import load_recipe
-from composer_sassha.recipes.run import run
+from composer_sassha.recipes.run import train_recipe
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
 from composer_sassha.sharpness import monitor as module
-from composer_sassha.sharpness.monitor import take
 from tests.distributed.launch import assert_passed, launch
 from tests.helpers import Injected, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
@@ -152,7 +152,9 @@ def test_a_run_logs_it_before_the_evaluation_of_the_same_moment(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     settings = ["method=sgd", "max_duration=2ep", "model.width=2", "progress_bar=false"]
     recipe = load_recipe("digits", settings)
-    run(recipe, [SharpnessMonitor(measures=Measures(eigenvalues=1, trace_samples=0, m=(), directions=0))])
+    train_recipe(
+        recipe, [SharpnessMonitor(measures=Measures(eigenvalues=1, trace_samples=0, m=(), directions=0))]
+    )
     lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "sharpness/lambda_max" in record]
     assert [(r["batch"], r["epoch"]) for r in records] == [(11, 1), (22, 2)]

@@ -6,7 +6,7 @@ import torch
 
 from composer_sassha.curvature import rademacher
 from composer_sassha.sharpness import Spectrum, Unfinished, spectrum
-from composer_sassha.sharpness.spectrum import quadrature
+from composer_sassha.sharpness.spectral_density import quadrature
 from tests.curvature.problems import Problem
 from tests.sharpness.problems import objective_of_problem, quadratic, symmetric
 

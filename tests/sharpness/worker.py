@@ -11,9 +11,9 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from composer_sassha import SharpnessMonitor
-from composer_sassha.algorithms._batches import plain
+from composer_sassha.common.batches import unwrapped
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
-from composer_sassha.sharpness.measure import Deadline
+from composer_sassha.sharpness.measures import Deadline
 from tests.distributed.launch import run_checks
 from tests.helpers import assert_same, everything, images, method_trainer, network
 from tests.methods import NAMED
@@ -91,7 +91,7 @@ def a_run_with_the_monitor_is_equal_to_one_without() -> None:
     for other in dist.all_gather_object(values):
         assert other == values
     # Each rank has statistics of its own; what is measured are rank 0's, as in an evaluation.
-    model = plain(done.state.model)
+    model = unwrapped(done.state.model)
     mean = model.get_buffer("module.1.running_mean")
     first, second = dist.all_gather_object(mean.clone())
     assert not torch.equal(first, second)
@@ -115,7 +115,7 @@ def samples_that_the_sampler_repeats_count_once() -> None:
             max_duration="1ba",
         )
         done.fit()
-        model = plain(done.state.model)
+        model = unwrapped(done.state.model)
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
         with undisturbed(model):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from composer_sassha._random import generator
+from composer_sassha.common.rng import generator
 from composer_sassha.recipes.data.images import InMemoryImages, Split
 from composer_sassha.recipes.data.loading import data_root, eval_loader, hold_out, rank_share, train_loader
 from composer_sassha.recipes.schema import at_least, checked, one_of, share

@@ -14,14 +14,14 @@ from composer.loggers import Logger
 from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
 from torch.utils.data import DistributedSampler
 
-from composer_sassha import _validate
-from composer_sassha._sharding import is_sharded
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms._batches import plain, select, size_of
-from composer_sassha.optim.passes import Snapshot
-from composer_sassha.sharpness.measure import Deadline, Measures, measure
+from composer_sassha.common import validate
+from composer_sassha.common.batches import select, size_of, unwrapped
+from composer_sassha.common.sharding import is_sharded
+from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.validate import SettingError
+from composer_sassha.sharpness.measures import Deadline, Measures, measure
 from composer_sassha.sharpness.objective import Objective, Unfinished, objective_of, undisturbed
-from composer_sassha.sharpness.spectrum import Spectrum, spectrum
+from composer_sassha.sharpness.spectral_density import Spectrum, spectrum
 
 
 class SharpnessMonitor(Callback):
@@ -78,15 +78,13 @@ class SharpnessMonitor(Callback):
     ) -> None:
         owner = "SharpnessMonitor"
         self.interval, self.dataloader = interval, dataloader
-        self.batches = _validate.integer(owner, "batches", batches, low=1)
+        self.batches = validate.integer(owner, "batches", batches, low=1)
         self.measures = measures
-        self.spectrum_epochs = [
-            _validate.integer(owner, "spectrum_epochs", e, low=1) for e in spectrum_epochs
-        ]
-        self.spectrum_steps = _validate.integer(owner, "spectrum_steps", spectrum_steps, low=1)
-        self.spectrum_probes = _validate.integer(owner, "spectrum_probes", spectrum_probes, low=1)
-        self.batch_statistics = _validate.boolean(owner, "batch_statistics", batch_statistics)
-        self.max_seconds = _validate.number(owner, "max_seconds", max_seconds, low=1e-9)
+        self.spectrum_epochs = [validate.integer(owner, "spectrum_epochs", e, low=1) for e in spectrum_epochs]
+        self.spectrum_steps = validate.integer(owner, "spectrum_steps", spectrum_steps, low=1)
+        self.spectrum_probes = validate.integer(owner, "spectrum_probes", spectrum_probes, low=1)
+        self.batch_statistics = validate.boolean(owner, "batch_statistics", batch_statistics)
+        self.max_seconds = validate.number(owner, "max_seconds", max_seconds, low=1e-9)
         if not isinstance(self.measures, Measures):
             raise TypeError(f"{owner}: measures={measures!r} is not allowed; it must be a Measures")
         try:
@@ -188,7 +186,7 @@ class SharpnessMonitor(Callback):
     @contextlib.contextmanager
     def _objective(self, state: State) -> Iterator[Objective]:
         """What is measured, with the time that it may take from now on."""
-        model = plain(state.model)
+        model = unwrapped(state.model)
         deadline = Deadline(self.max_seconds, next(model.parameters()).device)
         with undisturbed(model, self.batch_statistics):
             if dist.get_world_size() > 1:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from composer_sassha import _validate
-from composer_sassha._tensors import flatten
+from composer_sassha.common import validate
+from composer_sassha.common.tensors import flatten
 from composer_sassha.curvature.probes import rademacher
 from composer_sassha.sharpness.hessian import Product, led
 from composer_sassha.sharpness.objective import Objective
@@ -36,7 +36,7 @@ class Spectrum:
             >>> Spectrum(np.array([0.0, 2.0]), np.array([0.75, 0.25])).density(np.array([0.0]), 0.1).round(3)
             array([2.992])
         """
-        _validate.number("sharpness", "width", width, low=np.finfo(float).tiny)
+        validate.number("sharpness", "width", width, low=np.finfo(float).tiny)
         distance = (np.asarray(at)[:, None] - self.eigenvalues) / width
         return np.exp(-(distance**2) / 2) @ self.weights / (width * (2 * np.pi) ** 0.5)
 
@@ -68,8 +68,8 @@ def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int =
         >>> found.eigenvalues.round(5), found.weights.round(5)
         (array([1., 5.]), array([0.5, 0.5]))
     """
-    _validate.integer("sharpness", "steps", steps, low=1)
-    _validate.integer("sharpness", "probes", probes, low=1)
+    validate.integer("sharpness", "steps", steps, low=1)
+    validate.integer("sharpness", "probes", probes, low=1)
 
     def solve(product: Product) -> Spectrum:
         found = []

@@ -1,13 +1,18 @@
-"""The optimizers a recipe can name. To add one: write a dataclass or name a class, in `OPTIMIZERS`."""
+"""The optimizers, algorithms and callbacks that a recipe can name.
+
+To add one, name its class in the registry, or write a dataclass with a method `build`.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from composer.algorithms import GradientClipping, LabelSmoothing
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from composer_sassha import optim
+from composer_sassha import algorithms, optim
+from composer_sassha.callbacks import SharpnessMonitor
 from composer_sassha.recipes.schema import arguments_of, at_least, checked, within
 
 
@@ -44,4 +49,25 @@ OPTIMIZERS: dict[str, type] = {
     "sassha": arguments_of(optim.SASSHA, without=["params"]),
     "adahessian": arguments_of(optim.AdaHessian, without=["params"]),
     "sophia": arguments_of(optim.Sophia, without=["params"]),
+}
+
+ALGORITHMS: dict[str, type] = {
+    "sam": arguments_of(algorithms.SAM),
+    "asam": arguments_of(algorithms.ASAM),
+    "gsam": arguments_of(algorithms.GSAM),
+    "ssam": arguments_of(algorithms.SSAM),
+    "usam": arguments_of(algorithms.USAM),
+    "looksam": arguments_of(algorithms.LookSAM),
+    "esam": arguments_of(algorithms.ESAM),
+    "msam": arguments_of(algorithms.MSAM),
+    "lazy_hessian": arguments_of(algorithms.LazyHessian),
+    "sassha": arguments_of(algorithms.Sassha),
+    "msassha": arguments_of(algorithms.MSassha),
+    # Composer's
+    "gradient_clipping": arguments_of(GradientClipping),
+    "label_smoothing": arguments_of(LabelSmoothing, without=["target_key"]),
+}
+
+CALLBACKS: dict[str, type] = {
+    "sharpness_monitor": arguments_of(SharpnessMonitor, without=["dataloader"]),  # on the held-out data
 }

@@ -1,4 +1,4 @@
-"""Finished runs, measured after the training: what `python -m composer_sassha.inspect` does."""
+"""Finished runs, measured after the training: what `python -m composer_sassha inspect` does."""
 
 import json
 import math
@@ -17,11 +17,12 @@ from composer.utils import get_device, reproducibility
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from composer_sassha._validate import SettingError
+from composer_sassha.callbacks.sharpness_monitor import take
+from composer_sassha.common.validate import SettingError
 from composer_sassha.comparison.grid import Run
 from composer_sassha.comparison.report import Report
-from composer_sassha.comparison.sharpness import draw, section, table
-from composer_sassha.inspect import Options
+from composer_sassha.inspection.options import Options
+from composer_sassha.inspection.section import draw, section, table
 from composer_sassha.recipes.config import Recipe, load_recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import LATEST, read_results
@@ -42,8 +43,7 @@ from composer_sassha.sharpness import (
     top_eigenpairs,
     undisturbed,
 )
-from composer_sassha.sharpness.measure import eigenvalue_metrics
-from composer_sassha.sharpness.monitor import take
+from composer_sassha.sharpness.measures import eigenvalue_metrics
 
 EXTENT = 1.0  # of lines and planes along filter-normalized directions, to each side
 EIGEN_EXTENT = 0.5  # along eigenvectors, which have length 1
@@ -109,7 +109,7 @@ def find_run(folder: Path, overrides: Sequence[str] = ()) -> Finished:
     results = folder / "results.json"
     if not results.exists():
         raise ConfigError(
-            f"{folder}: is not finished; python -m composer_sassha.train {config} goes on with it"
+            f"{folder}: is not finished; python -m composer_sassha train {config} goes on with it"
         )
     found = read_results(results)
     if found is None:

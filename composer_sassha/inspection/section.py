@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from composer_sassha.comparison.curves import COLOURS, LINES
 from composer_sassha.comparison.table import welch
 from composer_sassha.recipes.metrics import METRICS
-from composer_sassha.sharpness.spectrum import Spectrum
+from composer_sassha.sharpness.spectral_density import Spectrum
 
 NOTHING = "-"
 # Columns of the table: the number, and the head.
@@ -128,7 +128,7 @@ def section(folder: Path) -> str:
         found = json.loads((folder / "sharpness.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "<!-- sharpness --><!-- /sharpness -->"
-    page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
+    page = Environment(loader=PackageLoader("composer_sassha", "inspection"), autoescape=True)
     options = found["options"]
     split = found["heldout"] if options["split"] == "heldout" else "training, as augmented there"
     pictures = [
@@ -136,7 +136,7 @@ def section(folder: Path) -> str:
         for name, text in PICTURES.items()
         if (folder / name).exists()
     ]
-    return page.get_template("sharpness.html").render(
+    return page.get_template("section.html").render(
         samples=f"at most {options['samples']} samples of the {split} data",
         options=options,
         table=table(found),
@@ -196,7 +196,7 @@ def lines(found: Found) -> Figure | None:
     figure = Figure(figsize=(12.5, 4.2), layout="constrained")
     grid = figure.subplots(1, 3, sharey=True)
     points = np.linspace(-1.0, 1.0, found["options"]["points"])
-    from composer_sassha.comparison.inspection import EIGEN_EXTENT, EXTENT
+    from composer_sassha.inspection.inspection import EIGEN_EXTENT, EXTENT
 
     places = {
         "random": (EXTENT * points, "random filter-normalized direction"),
@@ -234,7 +234,7 @@ def planes(found: Found) -> Figure | None:
     everything = everything[np.isfinite(everything) & (everything > 0)]
     if not len(everything):
         return None
-    from composer_sassha.comparison.inspection import EXTENT
+    from composer_sassha.inspection.inspection import EXTENT
 
     levels = list(_levels(everything.min(), everything.max()))
     figure, panels = _panels(len(losses), height=3.2, square=True)

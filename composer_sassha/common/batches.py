@@ -41,7 +41,7 @@ def select(batch: Any, index: slice | Tensor, size: int | None) -> Any:
     return batch
 
 
-def plain(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> Any:
     """The model inside of DistributedDataParallel and torch.compile, for a forward that they must not see."""
     for wrapper, inner in ((OptimizedModule, "_orig_mod"), (DistributedDataParallel, "module")):
         if isinstance(model, wrapper):

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from composer_sassha.bench import main
-from composer_sassha.train import main as train
+from tests.commands import bench, train
 from tests.distributed.launch import finish, start
 
 MISTAKES = [
@@ -71,7 +70,7 @@ def test_a_mistake_is_one_line(
     monkeypatch.chdir(tmp_path)
     if "--device=gpu" in parts:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(arguments) == 2
+    assert bench(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert all(part in err for part in parts), err
@@ -93,24 +92,24 @@ def test_a_malformed_recipe_is_one_line(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(content)
-    assert main(["--plan", str(recipe)]) == 2
+    assert bench(["--plan", str(recipe)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and part in err.removeprefix(str(recipe)), err
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from composer_sassha.bench import main\ntry: main(['--help'])\n"
+    code = "import sys; from composer_sassha.commands import main\ntry: main(['bench', '--help'])\n"
     code += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--link SPEED" in done.stdout and "composer -n 2 -m composer_sassha.bench" in done.stdout
+    assert "--link SPEED" in done.stdout and "composer -n 2 -m composer_sassha bench" in done.stdout
 
 
 def test_only_the_first_rank_speaks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(["--steps", "0"]) == 2
+    assert bench(["--steps", "0"]) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -118,9 +117,9 @@ def test_ranks_that_are_started_and_asked_for_must_agree(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["--plan", "--ranks", "8"]) == 2
+    assert bench(["--plan", "--ranks", "8"]) == 2
     assert "--ranks=8: 2 processes are started" in capsys.readouterr().err
-    assert main(["--plan", "--latency", "1us"]) == 2
+    assert bench(["--plan", "--latency", "1us"]) == 2
     assert "--latency=1us" in capsys.readouterr().err
 
 
@@ -131,7 +130,7 @@ def measured(tmp_path_factory) -> tuple[str, Path]:
     arguments = ["--methods", "sassha", "--steps", "2", "--images", "1x8x8", "--device", "cpu"]
     arguments += ["sassha:algorithms.sassha.hessian_interval=5", "model.width=2", "data.batch_size=8"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main([*arguments, "--out", str(out)]) == 0
+        assert bench([*arguments, "--out", str(out)]) == 0
     return printed.getvalue(), out
 
 
@@ -178,7 +177,7 @@ def test_several_processes_are_not_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["digits"]) == 2
+    assert bench(["digits"]) == 2
     assert "2 processes are started" in capsys.readouterr().err
 
 
@@ -193,7 +192,7 @@ def rows(text: str) -> dict[str, list[float]]:
 def test_a_plan_of_the_digits(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--plan", "digits", "--methods", "sam,sassha,msassha,gsam,looksam", "--ranks", "4"]
-    assert main([*arguments, "--steps", "2", "--link", "1GB/s", "--latency", "0s", "model.width=8"]) == 0
+    assert bench([*arguments, "--steps", "2", "--link", "1GB/s", "--latency", "0s", "model.width=8"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and not list(tmp_path.iterdir())
     assert out.startswith("digits on 4 ranks of 32 samples each, link 8 Gbit/s, latency 0 us; ")
@@ -216,7 +215,7 @@ def test_a_plan_of_one_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert train(["digits", "method=sam", "max_duration=1ba", "progress_bar=false"]) == 0
     capsys.readouterr()
     config = "runs/digits/sam/seed0/config.yaml"
-    assert main(["--plan", config, "--steps", "1", "--ranks", "1"]) == 0
+    assert bench(["--plan", config, "--steps", "1", "--ranks", "1"]) == 0
     out, _ = capsys.readouterr()
     (cells,) = rows(out).values()
     assert "/ sam" in out and cells[1:5] == [0, 0, 0, 0] and cells[6] == 1
@@ -226,7 +225,7 @@ def plan_in(folder: Path) -> None:
     os.chdir(folder)
     arguments = ["--plan", "--methods", "sassha", "--steps", "2", "model.width=4", "data.batch_size=8"]
     with Path(f"../said{os.environ['RANK']}").open("w") as said, contextlib.redirect_stdout(said):
-        sys.exit(main(arguments))
+        sys.exit(bench(arguments))
 
 
 def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a step of each method costs, here or elsewhere: `python -m composer_sassha.bench [RECIPE] ...`.
+"""What a step of each method costs, here or elsewhere: `python -m composer_sassha bench [RECIPE] ...`.
 
 Here: every method of the recipe, its floor (the same passes with nothing around them) and plain SGD and AdamW
 take turns in one process, step by step. The table has the time of a step, its ratio to SGD's and to the
@@ -12,22 +12,21 @@ With `--plan`: the step time on several ranks, from steps on one process and the
 import argparse
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from composer_sassha.recipes.command_line import CommandParser, recipe_and_overrides
+from composer_sassha.commands.command_line import CommandParser, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError
 
 _EXAMPLES = """\
 examples:
-  python -m composer_sassha.bench                          every method of the digits recipe
-  python -m composer_sassha.bench cifar10_resnet20 --images 3x32x32 data.batch_size=64 cpu_threads=1
-  python -m composer_sassha.bench digits --methods sgd,sassha sassha:algorithms.sassha.hessian_interval=5
-  python -m composer_sassha.bench --plan                   every method of the digits recipe on 8 ranks
-  python -m composer_sassha.bench --plan my.yaml --ranks 64 --link 100Gbit/s --latency 5us
-  composer -n 2 -m composer_sassha.bench --plan digits     on two processes: predicted, and measured
+  python -m composer_sassha bench                          every method of the digits recipe
+  python -m composer_sassha bench cifar10_resnet20 --images 3x32x32 data.batch_size=64 cpu_threads=1
+  python -m composer_sassha bench digits --methods sgd,sassha sassha:algorithms.sassha.hessian_interval=5
+  python -m composer_sassha bench --plan                   every method of the digits recipe on 8 ranks
+  python -m composer_sassha bench --plan my.yaml --ranks 64 --link 100Gbit/s --latency 5us
+  composer -n 2 -m composer_sassha bench --plan digits     on two processes: predicted, and measured
 """
 
 _SPEEDS = {
@@ -38,31 +37,21 @@ _SPEEDS = {
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+INTERRUPTED = "interrupted; nothing was written"
 
-    Args:
-        argv: its arguments; those of the process by default.
 
-    Returns:
-        The exit status: 0, or 2 for a mistake, with one line on standard error and nothing written.
-    """
-    first = int(os.environ.get("RANK", "0")) == 0
-    try:
-        given = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-        lines = _planned(given) if given.plan else _measured(given)
-    except ConfigError as error:
-        if first:
-            print(error, file=sys.stderr)
-        return 2
-    if first:
+def run(argv: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit status."""
+    given = _parser().parse_intermixed_args(argv)
+    lines = _planned(given) if given.plan else _measured(given)
+    if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(lines))
     return 0
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m composer_sassha.bench",
+        prog="python -m composer_sassha bench",
         usage="%(prog)s [RECIPE] [key=value ...] [options]",
         description="Measure what a step of every method of a recipe costs, or predict it for several ranks.",
         epilog=_EXAMPLES,
@@ -137,7 +126,7 @@ def _planned(given: argparse.Namespace) -> list[str]:
 def _recipes(given: argparse.Namespace) -> Mapping[str, Any]:
     recipe, overrides = recipe_and_overrides(given.arguments, "digits")
     images = None if given.images is None else _shape(given.images)
-    from composer_sassha.benchmark.recipes import chosen_recipes
+    from composer_sassha.benchmark.selection import chosen_recipes
 
     methods = given.methods.split(",") if given.methods is not None else []
     return chosen_recipes(recipe, overrides, methods, images)
@@ -193,7 +182,3 @@ def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:
     if not re.search(r"\d", number) or unit not in units:
         raise ConfigError(f"{option}={text}: must be a number and a unit ({', '.join(units)})")
     return float(number) * units[unit]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from composer_sassha import _validate
-from composer_sassha._ranks import any_rank
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import any_rank
 from composer_sassha.perturbations import SAMPerturbation
 from composer_sassha.sharpness.hessian import top_eigenvalues, trace
 from composer_sassha.sharpness.objective import Objective, Unfinished
-from composer_sassha.sharpness.sharpness import (
+from composer_sassha.sharpness.perturbed_loss import (
     asam_sharpness,
     average_sharpness,
     m_sharpness,
@@ -58,20 +58,20 @@ class Measures:
         """Check the arguments."""
         owner = "Measures"
         for name, low in (("eigenvalues", 0), ("ascent_steps", 1), ("seed", 0)):
-            _validate.integer(owner, name, getattr(self, name), low=low)
+            validate.integer(owner, name, getattr(self, name), low=low)
         for name in ("trace_samples", "directions"):
-            if _validate.integer(owner, name, getattr(self, name), low=0) == 1:
+            if validate.integer(owner, name, getattr(self, name), low=0) == 1:
                 raise ValueError(
                     f"{owner}: {name}=1 is not allowed; it must be 0, or at least 2 for a standard error"
                 )
-        _validate.number(owner, "tol", self.tol, low=1e-15)
-        _validate.number(owner, "asam_rho", self.asam_rho, low=0)
+        validate.number(owner, "tol", self.tol, low=1e-15)
+        validate.number(owner, "asam_rho", self.asam_rho, low=0)
         positive("rho", self.rho)
         if not isinstance(self.m, (tuple, list)):
             raise TypeError(f"{owner}: m={self.m!r} is not allowed; it must be a tuple such as (16, 64)")
         object.__setattr__(self, "m", tuple(self.m))  # YAML has lists only
         for m in self.m:
-            _validate.integer(owner, "m", m, low=1)
+            validate.integer(owner, "m", m, low=1)
 
 
 def measure(objective: Objective, measures: Measures) -> dict[str, float]:

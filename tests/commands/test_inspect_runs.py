@@ -15,9 +15,8 @@ import yaml
 from matplotlib.axes import Axes
 from scipy.stats import ttest_ind
 
-from composer_sassha import compare, inspect, train
-from composer_sassha.comparison import inspection, sharpness
 from composer_sassha.comparison.grid import load_grid
+from composer_sassha.inspection import inspection, section
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.data.digits import Digits
 from composer_sassha.sharpness import (
@@ -30,6 +29,7 @@ from composer_sassha.sharpness import (
     top_eigenpairs,
     undisturbed,
 )
+from tests.commands import compare, inspect, train
 
 QUICK = ["--samples", "40", "--steps", "3", "--probes", "1", "--trace-samples", "2", "--points", "5"]
 RECIPE = ["max_duration=1ep", "model.width=2", "progress_bar=false"]
@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     for method, seed in (("sgd", 0), ("sgd", 1), ("sam", 0)):
         out = [f"method={method}", f"seed={seed}", f"save_folder={folder / 'runs'}"]
-        assert train.main(["digits", *RECIPE, *out]) == 0
+        assert train(["digits", *RECIPE, *out]) == 0
     return folder
 
 
@@ -61,7 +61,7 @@ def measured(trained: Path, tmp_path_factory) -> Path:
     shutil.copytree(trained / "runs", folder / "runs", symlinks=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
+        assert inspect(["runs/digits/sgd/seed0", *QUICK]) == 0
     return folder
 
 
@@ -80,7 +80,7 @@ def refused(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -
     """The one line that the command says when it refuses, having written nothing."""
     capsys.readouterr()
     before = files(folder)
-    assert inspect.main(argv) == 2
+    assert inspect(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and err.count("\n") == 1
     assert files(folder) == before
@@ -108,9 +108,9 @@ def heldout(count: int) -> tuple[torch.Tensor, ...]:
 def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = ["runs/digits/sgd/seed0", "runs/digits/sgd/seed1", "runs/digits/sam/seed0"]
     options = [*QUICK, "--rho", "0.1", "--asam-rho", "0.3"]
-    assert inspect.main([*runs[:2], *options]) == 0
+    assert inspect([*runs[:2], *options]) == 0
     before = found(folder)
-    assert inspect.main([*runs, *options]) == 0
+    assert inspect([*runs, *options]) == 0
     out = capsys.readouterr().out
     after = found(folder)
     assert list(after["runs"]) == ["sgd/seed0", "sgd/seed1", "sam/seed0"]
@@ -166,9 +166,9 @@ def test_runs_are_measured_and_reported(folder: Path, capsys: pytest.CaptureFixt
 
     # A comparison that writes its report again keeps the section.
     command = ["digits", "--methods", "sgd", "--seeds", "0,1", *RECIPE]
-    assert compare.main(command) == 0
+    assert compare(command) == 0
     html = (home / "report.html").read_text()
-    assert html.count("<h2>Sharpness</h2>") == 1 and "composer_sassha.compare" in html
+    assert html.count("<h2>Sharpness</h2>") == 1 and "composer_sassha compare" in html
 
 
 def head(out: str) -> list[str]:
@@ -178,11 +178,11 @@ def head(out: str) -> list[str]:
 
 def test_the_section_is_put_into_a_report_that_is_there(folder: Path) -> None:
     command = ["digits", "--methods", "sgd,sam", "--seeds", "0", *RECIPE]
-    assert compare.main(command) == 0
+    assert compare(command) == 0
     report = folder / "runs/digits/report.html"
     before = report.read_text()
     assert "<h2>Sharpness</h2>" not in before
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
+    assert inspect(["runs/digits/sgd/seed0", *QUICK]) == 0
     after = report.read_text()
     assert after.count("<h2>Sharpness</h2>") == 1 and "--methods sgd,sam" in after
     assert after.index("<h2>Sharpness</h2>") < after.index("<h2>Settings</h2>")
@@ -191,12 +191,12 @@ def test_the_section_is_put_into_a_report_that_is_there(folder: Path) -> None:
 
 
 def test_the_training_split_is_another_one_and_stays_the_same(folder: Path, measured: Path) -> None:
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
+    assert inspect(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
     path = folder / "runs/digits/sharpness.json"
     first = path.read_text()
     losses = json.loads(first)["runs"]["sgd/seed0"]["numbers"]["loss"]
     path.unlink()
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
+    assert inspect(["runs/digits/sgd/seed0", *QUICK, "--split", "train"]) == 0
     assert path.read_text() == first, "the same samples, augmented in the same way"
     assert found(measured)["runs"]["sgd/seed0"]["numbers"]["loss"] != losses
 
@@ -205,7 +205,7 @@ def test_a_run_that_was_trained_again_is_measured_again(folder_measured: Path) -
     before = found(folder_measured)["runs"]["sgd/seed0"]
     own, other = (next(Path(f"runs/digits/sgd/seed{k}/checkpoints").glob("ep*")) for k in (0, 1))
     shutil.copy(other, own)
-    assert inspect.main(["runs/digits/sgd/seed0", *QUICK]) == 0
+    assert inspect(["runs/digits/sgd/seed0", *QUICK]) == 0
     after = found(folder_measured)["runs"]["sgd/seed0"]
     assert after["numbers"]["loss"] != before["numbers"]["loss"]
 
@@ -232,7 +232,7 @@ def test_a_diverged_run_has_no_numbers_and_stops_nothing(folder: Path, capsys) -
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)
     torch.save(checkpoint, path)
-    assert inspect.main(["runs/digits/sgd/seed0", "runs/digits/sam/seed0", *QUICK]) == 0
+    assert inspect(["runs/digits/sgd/seed0", "runs/digits/sam/seed0", *QUICK]) == 0
     entry = found(folder)["runs"]["sam/seed0"]
     assert entry["spectrum"] is None and entry["numbers"]["loss"] is None and "sam" not in entry["numbers"]
     out = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_what_is_not_a_finished_run_is_one_line(folder: Path, capsys) -> None:
     assert "results.json: is damaged" in refused([str(run), *QUICK], folder, capsys)
     results.unlink()
     message = refused(["runs/digits/sam/seed0", str(run), *QUICK], folder, capsys)
-    assert "is not finished" in message and "composer_sassha.train runs/digits/sgd/seed0" in message
+    assert "is not finished" in message and "composer_sassha train runs/digits/sgd/seed0" in message
     results.write_text(text)
 
     config = run / "config.yaml"
@@ -280,7 +280,7 @@ def test_what_is_not_a_finished_run_is_one_line(folder: Path, capsys) -> None:
 def refused_later(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a mistake that shows once the run is being measured."""
     capsys.readouterr()
-    assert inspect.main(argv) == 2
+    assert inspect(argv) == 2
     _, err = capsys.readouterr()
     assert err.count("\n") == 1
     return err
@@ -332,15 +332,15 @@ def test_what_was_measured_before_an_interrupt_is_kept(folder: Path, capsys, mon
         return plain(run, *others)
 
     monkeypatch.setattr(inspection, "_measured", measured)
-    assert inspect.main(["runs/digits/sgd/seed0", "runs/digits/sam/seed0", *QUICK]) == 130
+    assert inspect(["runs/digits/sgd/seed0", "runs/digits/sam/seed0", *QUICK]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(found(folder)["runs"]) == ["sgd/seed0"]
 
 
 def test_help_comes_without_importing_torch() -> None:
-    code = "import sys; from composer_sassha.inspect import main\ntry: main(['--help'])\n"
+    code = "import sys; from composer_sassha.commands import main\ntry: main(['inspect', '--help'])\n"
     code += "finally: assert 'torch' not in sys.modules"
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "--split" in done.stdout
@@ -370,11 +370,11 @@ def pretend(methods: int, seeds: int = 2) -> dict[str, Any]:
 @pytest.mark.parametrize("methods", [1, 4])
 def test_panels_share_their_scale(methods: int) -> None:
     given = pretend(methods)
-    for figure, count in ((sharpness.spectra(given), methods), (sharpness.planes(given), methods)):
+    for figure, count in ((section.spectra(given), methods), (section.planes(given), methods)):
         panels = [axes for axes in figure.axes if axes.get_title()]
-        assert [axes.get_title() for axes in panels] == list(sharpness.by_method(given))[:count]
+        assert [axes.get_title() for axes in panels] == list(section.by_method(given))[:count]
         assert len({axes.get_xlim() for axes in panels}) == len({axes.get_ylim() for axes in panels}) == 1
-    lines = sharpness.lines(given)
+    lines = section.lines(given)
     assert len({axes.get_ylim() for axes in lines.axes}) == 1
     # On the way to the first run, its own method is there with another seed.
     assert [len(axes.lines) for axes in lines.axes] == [methods] * 3
@@ -385,21 +385,21 @@ def test_the_largest_eigenvalues_are_compared_by_their_geometric_means() -> None
     values = {"sgd": [1.0, 4.0], "adamw": [18.0, 8.0]}
     for run in given["runs"].values():
         run["numbers"]["lambda_max"] = values[run["method"]][run["seed"]]
-    (line,) = sharpness.notes(given)
+    (line,) = section.notes(given)
     p = ttest_ind(np.log(values["adamw"]), np.log(values["sgd"]), equal_var=False).pvalue
     assert line.startswith("λ₁ of adamw: 6.00 times sgd's") and f"p = {p:.2g})" in line
-    table = sharpness.table(given)
+    table = section.table(given)
     assert [row[:2] for row in table.rows] == [["sgd", "2"], ["adamw", "2"]]
     assert table.rows[0][table.head.index("λ₁")] == "2.50 ± 2.12"
     assert table.rows[0][table.head.index("test accuracy, %")].startswith("90.00")
     given["runs"] = dict(reversed(given["runs"].items()))
-    assert [run["seed"] for run in sharpness.by_method(given)["sgd"]] == [0, 1]
+    assert [run["seed"] for run in section.by_method(given)["sgd"]] == [0, 1]
 
 
 def test_lines_are_drawn_where_they_were_measured() -> None:
     """Of the first seed; on the way to the first run, its own method is there with the second."""
     given = pretend(2)
-    figure = sharpness.lines(given)
+    figure = section.lines(given)
     for axes, name, at in zip(
         figure.axes,
         ("random", "eigenvector", "interpolation"),
@@ -419,7 +419,7 @@ def test_densities_are_drawn_whole() -> None:
     given["runs"]["sgd/seed0"]["spectrum"] = [[4.0], [1.0]]
     given["runs"]["adamw/seed0"]["spectrum"] = [[0.0, 4.0], [0.7, 0.3]]
     width = 4.0 / 200
-    first, second = sharpness.spectra(given).axes
+    first, second = section.spectra(given).axes
     x, y = first.lines[0].get_data()
     assert y.max() == pytest.approx(1 / (width * (2 * np.pi) ** 0.5), rel=1e-2)
     assert x[y.argmax()] == pytest.approx(4.0, abs=width / 4) and x.min() <= -4 * width
@@ -436,7 +436,7 @@ def test_planes_are_drawn_as_they_were_measured(monkeypatch: pytest.MonkeyPatch)
     drawn = []
     plain = Axes.contourf
     monkeypatch.setattr(Axes, "contourf", lambda *a, **k: drawn.append((a, k)) or plain(*a, **k))
-    sharpness.planes(given)
+    section.planes(given)
     for (arguments, settings), method in zip(drawn, ("sgd", "adamw"), strict=True):
         _, x, y, values = arguments
         assert x == pytest.approx(grid) and y == pytest.approx(grid)

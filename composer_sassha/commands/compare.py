@@ -1,4 +1,4 @@
-"""Compare the methods of a recipe: `python -m composer_sassha.compare RECIPE [options] [key=value ...]`."""
+"""Compare the methods of a recipe: `python -m composer_sassha compare RECIPE [options] [key=value ...]`."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from composer_sassha.recipes.command_line import OPTIONAL, CommandParser, at_least_one, recipe_and_overrides
+from composer_sassha.commands.command_line import CommandParser, at_least_one, recipe_and_overrides
 from composer_sassha.recipes.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,48 +16,23 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  python -m composer_sassha.compare digits                         every method with seeds 0, 1 and 2
-  python -m composer_sassha.compare digits --methods sgd,sam --seeds 0,1,2,3,4 --jobs 2
-  python -m composer_sassha.compare digits --table                 what the runs so far add up to
-  python -m composer_sassha.compare my.yaml max_duration=5ep save_folder=short
+  python -m composer_sassha compare digits                         every method with seeds 0, 1 and 2
+  python -m composer_sassha compare digits --methods sgd,sam --seeds 0,1,2,3,4 --jobs 2
+  python -m composer_sassha compare digits --table                 what the runs so far add up to
+  python -m composer_sassha compare my.yaml max_duration=5ep save_folder=short
 
-Each run is a call of composer_sassha.train: those that are finished are left alone, and those that were
+Each run is a call of train: those that are finished are left alone, and those that were
 stopped are continued. <save_folder>/<recipe name> gets report.html, table.md, table.csv, curves.png and
 frontier.png.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: its arguments; those of the process by default.
-
-    Returns:
-        The exit status: 0 when all runs are finished, 1 if some failed, 2 for a mistake, with one line on
-        standard error and nothing written, 130 after Ctrl-C, 129 and 143 after SIGHUP and SIGTERM.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        return _compare(_parser().parse_intermixed_args(argv), _command(argv))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (package := (error.name or "").split(".")[0]) not in OPTIONAL:
-            raise
-        print(f"compare: needs {package}; pip install 'composer_sassha[demo]'", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Composer turns SIGINT and SIGTERM into SystemExit with these codes; SIGHUP is ours.
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if code not in (129, 130, 143):
-            raise
-        print("interrupted; the same command goes on, and --table shows what is finished", file=sys.stderr)
-        return int(code)
+INTERRUPTED = "interrupted; the same command goes on, and --table shows what is finished"
 
 
-def _compare(arguments: argparse.Namespace, command: str) -> int:
+def run(argv: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit status."""
+    arguments, command = _parser().parse_intermixed_args(argv), _command(argv)
     recipe, overrides = recipe_and_overrides(arguments.arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("compare: starts processes of its own; run it with python -m, without a launcher")
@@ -94,7 +69,7 @@ def _train(runs: Sequence["Run"], recipe: str, overrides: Sequence[str], at_once
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
         signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     tethered = [sys.executable, "-m", "composer_sassha.comparison.tethered"]  # ends with this process
-    train = [*tethered, "composer_sassha.train", recipe, *overrides]
+    train = [*tethered, "composer_sassha", "train", recipe, *overrides]
     jobs = [
         Job(
             str(run),
@@ -107,7 +82,7 @@ def _train(runs: Sequence["Run"], recipe: str, overrides: Sequence[str], at_once
 
 
 def _command(argv: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", "composer_sassha.compare", *argv])
+    return shlex.join(["python", "-m", "composer_sassha", "compare", *argv])
 
 
 def _names(text: str) -> list[str]:
@@ -126,7 +101,7 @@ def _seeds(text: str) -> list[int]:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m composer_sassha.compare",
+        prog="python -m composer_sassha compare",
         usage="%(prog)s RECIPE [--methods A,B] [--seeds 0,1] [--jobs N] [--table] [key=value ...]",
         description="Train the methods of a recipe with several seeds, and report what they add up to.",
         epilog=_EXAMPLES,
@@ -145,7 +120,3 @@ def _parser() -> CommandParser:
         "--table", action="store_true", help="print the table of what is there; run and write nothing"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

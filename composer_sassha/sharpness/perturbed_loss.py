@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from composer_sassha import _validate
-from composer_sassha._random import generator
-from composer_sassha._ranks import several
-from composer_sassha._tensors import copy_into, copy_of, global_norm, restored
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import several
+from composer_sassha.common.rng import generator
+from composer_sassha.common.tensors import copy_into, copy_of, global_norm, restored
 from composer_sassha.perturbations import ASAMPerturbation, Perturbation, Point, SAMPerturbation
 from composer_sassha.sharpness.hessian import Estimate, estimate
 from composer_sassha.sharpness.objective import Objective, Unfinished
@@ -64,7 +64,7 @@ def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> fl
         (3.146, 4.864)
     """
     positive("rho", rho)
-    _validate.integer("sharpness", "ascent_steps", steps, low=1)
+    validate.integer("sharpness", "ascent_steps", steps, low=1)
     perturbation, params = SAMPerturbation(rho), objective.params
     with restored(params), torch.no_grad():
         weights = copy_of(params)
@@ -137,7 +137,7 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1)
         >>> [round(m_sharpness(objective, m, rho=0.1), 6) for m in (1, 2, 4)]
         [0.15, 0.1, 0.1]
     """
-    _validate.integer("sharpness", "m", m, low=1)
+    validate.integer("sharpness", "m", m, low=1)
     groups = objective.groups(m)
     device = objective.params[0].device
     most = torch.tensor([len(groups)], device=device)
@@ -190,7 +190,7 @@ def average_sharpness(
         0.25
     """
     positive("rho", rho)
-    _validate.integer("sharpness", "directions", directions, low=2)
+    validate.integer("sharpness", "directions", directions, low=2)
     before, found = objective.loss(), []
     for direction in range(directions):
         z = random_vector(objective, (seed, direction))
@@ -213,6 +213,6 @@ def random_vector(objective: Objective, key: Sequence[int]) -> Tensor:
 
 
 def positive(name: str, value: float) -> None:
-    _validate.number("sharpness", name, value, low=0)
+    validate.number("sharpness", name, value, low=0)
     if value == 0:
         raise ValueError(f"sharpness: {name}=0 is not allowed; it must be a number > 0")

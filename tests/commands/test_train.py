@@ -13,7 +13,7 @@ from statistics import fmean, median
 import pytest
 from filelock import FileLock
 
-from composer_sassha.train import main
+from tests.commands import train
 from tests.distributed.launch import start
 
 QUICK = ["digits", "method=sgd", "max_duration=2ep", "progress_bar=false"]
@@ -116,7 +116,7 @@ MISTAKES = [
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command says when it refuses."""
-    assert main(argv) == 2
+    assert train(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.endswith("\n") and err.count("\n") == 1
@@ -172,7 +172,7 @@ def test_a_missing_optional_package_is_one_line(
 
 
 def test_help_names_recipes_and_methods_without_importing_torch() -> None:
-    code = "import sys; from composer_sassha.train import main\ntry: main(['--help'])\n"
+    code = "import sys; from composer_sassha.commands import main\ntry: main(['train', '--help'])\n"
     code += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -184,7 +184,7 @@ def test_a_run_leaves_everything_and_is_left_alone(
     method: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [*QUICK, f"method={method}", "seed=3"]
-    assert main(argv) == 0
+    assert train(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -214,7 +214,7 @@ def test_a_run_leaves_everything_and_is_left_alone(
     assert evaluations[-1]["metrics/test/MulticlassAccuracy"] == results["accuracy"]
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert main(argv) == 0
+    assert train(argv) == 0
     assert capsys.readouterr().out.splitlines() == lines[2:]
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
@@ -229,8 +229,8 @@ def test_a_run_is_watched_by_a_callback_and_does_not_change(
 ) -> None:
     argv = [*QUICK, "method=sassha", "eval_interval=2ep"]
     spectrum = [f"callbacks.sharpness_monitor.spectrum_{name}" for name in ("epochs=[1]", "steps=3")]
-    assert main([*argv, MONITOR, *spectrum]) == 0
-    assert main([*argv, "save_folder=plain"]) == 0
+    assert train([*argv, MONITOR, *spectrum]) == 0
+    assert train([*argv, "save_folder=plain"]) == 0
     runs = [folder / root / "digits/sassha/seed0" for root in ("runs", "plain")]
     with_it, without = (json.loads((run / "results.json").read_text()) for run in runs)
     for results in (with_it, without):
@@ -259,13 +259,13 @@ def test_a_run_is_watched_by_a_callback_and_does_not_change(
 def test_callbacks_that_come_too_late_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = [*QUICK, "max_duration=1ba"]
     run = folder / "runs/digits/sgd/seed0"
-    assert main(quick) == 0
+    assert train(quick) == 0
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("callbacks: {}\n", ""))  # as before there were any
     assert text != (run / "config.yaml").read_text()
     capsys.readouterr()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert main(quick) == 0
+    assert train(quick) == 0
     capsys.readouterr()
     for finished in (True, False):
         message = refused([*quick, MONITOR], capsys)
@@ -277,9 +277,9 @@ def test_callbacks_that_come_too_late_are_refused(folder: Path, capsys: pytest.C
     (run / "checkpoints/latest-rank0.pt").unlink()
     for path in (run / "checkpoints").iterdir():
         path.unlink()
-    assert main([*quick, MONITOR]) == 0  # it had nothing to lose
+    assert train([*quick, MONITOR]) == 0  # it had nothing to lose
     assert "sharpness/lambda_max" in (run / "metrics.jsonl").read_text()
-    assert main([*quick, MONITOR]) == 0 and main(quick) == 0  # the same run, with them or not
+    assert train([*quick, MONITOR]) == 0 and train(quick) == 0  # the same run, with them or not
     assert "with another" not in capsys.readouterr().err
     assert "without the callbacks" in refused([*quick, EPOCHS], capsys)
 
@@ -288,12 +288,12 @@ def test_the_baseline_is_compared_with_when_it_is_there(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = ["max_duration=1ba", "method=sam"]
-    main(quick)
+    train(quick)
     assert "times sgd's" not in capsys.readouterr().out
     for seed in range(2):
-        main([*quick, "method=sgd", f"seed={seed}"])
+        train([*quick, "method=sgd", f"seed={seed}"])
     capsys.readouterr()
-    main(quick)
+    train(quick)
     seconds = {
         run.parts[-3]: json.loads(run.read_text())["processor_seconds_per_step"]
         for run in Path("runs/digits").glob("*/seed0/results.json")
@@ -304,8 +304,8 @@ def test_the_baseline_is_compared_with_when_it_is_there(
 
 
 def test_the_resolved_config_repeats_the_run(folder: Path) -> None:
-    main([*QUICK, "max_duration=3ba", "data.shift=1"])
-    main(["runs/digits/sgd/seed0/config.yaml", "save_folder=again"])
+    train([*QUICK, "max_duration=3ba", "data.shift=1"])
+    train(["runs/digits/sgd/seed0/config.yaml", "save_folder=again"])
     first, again = (
         json.loads(Path(root, "digits/sgd/seed0/results.json").read_text()) for root in ("runs", "again")
     )
@@ -314,13 +314,13 @@ def test_the_resolved_config_repeats_the_run(folder: Path) -> None:
 
 def test_a_folder_with_another_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = [*QUICK, "max_duration=1ba"]
-    main(quick)
+    train(quick)
     capsys.readouterr()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     message = refused([*quick, "optimizer.lr=0.5"], capsys)
     assert "optimizer.lr (" in message and "there, 0.5 here)" in message and "save_folder" in message
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert main([*quick, "progress_bar=true", "baseline=adamw"]) == 0  # neither changes the result
+    assert train([*quick, "progress_bar=true", "baseline=adamw"]) == 0  # neither changes the result
 
 
 def test_a_folder_that_is_not_a_run_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,8 +332,8 @@ def test_a_folder_that_is_not_a_run_is_refused(folder: Path, capsys: pytest.Capt
 
 
 def test_two_ranks_do_the_same_job(folder: Path) -> None:
-    command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [Path(sys.executable).with_name("composer"), "-n", "2", "-m", "composer_sassha", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [*command, *QUICK, "method=sassha", EPOCHS], capture_output=True, text=True, env=environment
     )
@@ -351,7 +351,7 @@ def test_two_ranks_do_the_same_job(folder: Path) -> None:
 
 def train_in(folder: Path, argv: list[str]) -> None:
     os.chdir(folder)
-    sys.exit(main(argv))
+    sys.exit(train(argv))
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -372,7 +372,7 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(
 
 def unfinished(folder: Path) -> Path:
     """A run of two epochs that lacks its results, as if it had been stopped in the second."""
-    assert main(QUICK) == 0
+    assert train(QUICK) == 0
     run = folder / "runs/digits/sgd/seed0"
     (run / "results.json").unlink()
     return run
@@ -387,7 +387,7 @@ def test_a_run_that_another_process_trains_is_refused(
     with FileLock(run / ".lock"):
         assert "another process trains this run" in refused(QUICK, capsys)
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert main(QUICK) == 0
+    assert train(QUICK) == 0
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_a_lost_link_to_the_newest_checkpoint_is_made_anew(dangling: bool, folde
     link.unlink()
     if dangling:
         link.symlink_to("ep1-ba11-rank0.pt")
-    assert main(QUICK) == 0
+    assert train(QUICK) == 0
     assert (run / "metrics.jsonl").read_text() == before  # nothing was trained again
     assert json.loads((run / "results.json").read_text())["steps"] == 22
 
@@ -437,14 +437,14 @@ def test_a_lost_link_to_the_newest_checkpoint_is_made_anew(dangling: bool, folde
 def test_a_damaged_baseline_does_not_hurt_another_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(QUICK) == 0
+    assert train(QUICK) == 0
     (folder / "runs/digits/sgd/seed0/results.json").write_text("{")
-    assert main([*QUICK, "method=adamw"]) == 0
+    assert train([*QUICK, "method=adamw"]) == 0
     assert "times sgd's" not in capsys.readouterr().out
 
 
 def test_a_run_that_diverges_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*QUICK, "optimizer.lr=1e30"]) == 0
+    assert train([*QUICK, "optimizer.lr=1e30"]) == 0
     assert "diverged" in capsys.readouterr().out
 
 
@@ -452,7 +452,7 @@ def test_only_the_first_rank_speaks(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert main(["seed=abc"]) == 2
+    assert train(["seed=abc"]) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -478,4 +478,4 @@ def test_a_mistake_that_shows_with_the_first_step_is_one_line_and_can_be_mended(
     quick = ["max_duration=20ba", "progress_bar=false"]
     message = refused([*mistake, *quick], capsys)
     assert all(part in message for part in parts), message
-    assert main([*mended, *quick]) == 0
+    assert train([*mended, *quick]) == 0

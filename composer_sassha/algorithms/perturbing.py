@@ -12,14 +12,14 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_sassha import _validate
-from composer_sassha._validate import SettingError
-from composer_sassha.algorithms import _checks, _trainer
-from composer_sassha.algorithms._batches import select, size_of
+from composer_sassha.algorithms import checks, wiring
+from composer_sassha.common import validate
+from composer_sassha.common.batches import select, size_of
+from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import Perturbation
 
 # A set: the events are compared by slow code of their own otherwise, on every event of every step.
-_EVENTS = frozenset((*_trainer.START, Event.BATCH_END))
+_EVENTS = frozenset((*wiring.START, Event.BATCH_END))
 LOGGED = ("rho", "grad_norm", "momentum_norm", "loss_gap", "dominant_eigenvalue", "skipped_steps")
 
 
@@ -42,11 +42,11 @@ class PerturbingAlgorithm(Algorithm):
     ) -> None:
         name = type(self).__name__
         self.perturbation = perturbation
-        self.interval = _validate.integer(name, "interval", interval, low=1)
+        self.interval = validate.integer(name, "interval", interval, low=1)
         if sync_ascent is not None:
-            _validate.boolean(name, "sync_ascent", sync_ascent)
+            validate.boolean(name, "sync_ascent", sync_ascent)
         self.sync_ascent = sync_ascent
-        self.ascent_fraction = _validate.share(name, "ascent_fraction", ascent_fraction)
+        self.ascent_fraction = validate.share(name, "ascent_fraction", ascent_fraction)
         self._looked_for_sync = False
         self._first_batch = True  # of a call of fit()
 
@@ -63,16 +63,16 @@ class PerturbingAlgorithm(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         """Run at the Trainer's start, before the forward of a partial ascent, and at the end to log."""
         if self.ascent_fraction < 1 and event == Event.BEFORE_FORWARD:
-            return _trainer.phase(state) == "ascent"
+            return wiring.phase(state) == "ascent"
         return event in _EVENTS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, take a part of the batch, or log."""
         if event == Event.INIT:
-            _checks.check(state)
+            checks.check(state)
         elif event == Event.BEFORE_LOAD:
             # A copy: a schedule may change it, and this one may serve another Trainer.
-            _trainer.wrapped_optimizer(state).set_perturbation(
+            wiring.wrapped_optimizer(state).set_perturbation(
                 copy.copy(self.perturbation),
                 self.interval,
                 sync_ascent=bool(self.sync_ascent),
@@ -80,11 +80,11 @@ class PerturbingAlgorithm(Algorithm):
             )
         elif event == Event.FIT_START:
             self._first_batch = True
-            _trainer.scale_gradients(state)  # fit() may have been given another precision
+            wiring.scale_gradients(state)  # fit() may have been given another precision
             self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
         elif event == Event.BATCH_END:
             self._say_if_synchronized(state)
-            _trainer.log(state, logger, "sharpness", LOGGED)
+            wiring.log(state, logger, "sharpness", LOGGED)
         elif event == Event.BEFORE_FORWARD:
             self._take_part(state)
 

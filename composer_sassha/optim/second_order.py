@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from composer_sassha import _validate
-from composer_sassha._ranks import any_rank
-from composer_sassha._sharding import local, shards_of
-from composer_sassha._tensors import as_dtype, wide_dtype
+from composer_sassha.common import validate
+from composer_sassha.common.ranks import any_rank
+from composer_sassha.common.sharding import local, shards_of
+from composer_sassha.common.tensors import as_dtype, wide_dtype
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -60,16 +60,16 @@ class SecondOrderOptimizer(Optimizer):
             TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
         """
         owner, betas = type(self).__name__, group["betas"]
-        _validate.boolean(owner, "foreach", group["foreach"])
-        _validate.number(owner, "lr", group["lr"], low=0)
+        validate.boolean(owner, "foreach", group["foreach"])
+        validate.number(owner, "lr", group["lr"], low=0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(
                 f"{owner}: betas={betas!r} is not allowed; it must be two numbers, each in [0, 1)"
             )
         for i, beta in enumerate(betas):
-            _validate.number(owner, f"betas[{i}]", beta, low=0, high=1, below=True)
-        _validate.number(owner, "eps", group["eps"], low=0)
-        _validate.number(owner, "weight_decay", group["weight_decay"], low=0)
+            validate.number(owner, f"betas[{i}]", beta, low=0, high=1, below=True)
+        validate.number(owner, "eps", group["eps"], low=0)
+        validate.number(owner, "weight_decay", group["weight_decay"], low=0)
         for p in group["params"]:
             if not p.is_floating_point():
                 raise TypeError(

@@ -23,7 +23,6 @@ from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 from scipy.stats import t
 
-from composer_sassha import compare, train
 from composer_sassha.comparison import jobs
 from composer_sassha.comparison.curves import Curve, plot_curves
 from composer_sassha.comparison.frontier import Point, frontier, plot_frontier
@@ -32,6 +31,7 @@ from composer_sassha.comparison.jobs import Job, run_jobs
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.metrics import METRICS, ranked
+from tests.commands import compare, train
 
 REPORT = {"table.md", "table.csv", "curves.png", "frontier.png", "report.html"}
 MISTAKES = [
@@ -57,7 +57,7 @@ MISTAKES = [
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     return tmp_path
 
 
@@ -68,7 +68,7 @@ def files(folder: Path) -> dict[Path, int]:
 def refused(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command says when it refuses, having written nothing."""
     before = files(folder)
-    assert compare.main(argv) == 2
+    assert compare(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.endswith("\n") and err.count("\n") == 1
@@ -133,7 +133,7 @@ def test_a_missing_optional_package_is_one_line(
 
 
 def test_help_comes_without_importing_torch() -> None:
-    code = "import sys; from composer_sassha.compare import main\ntry: main(['--help'])\n"
+    code = "import sys; from composer_sassha.commands import main\ntry: main(['compare', '--help'])\n"
     code += "finally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     grid = load_grid("digits", ["sgd", "sam"], [0, 1], quick)
     for recipe, accuracy in zip(grid[:-1], (0.2, 0.3, 0.25), strict=True):
         pretend(recipe, [0.1, accuracy], seconds_per_step=accuracy)
-    assert train.main(["digits", *quick, "method=sam", "seed=1"]) == 0
+    assert train(["digits", *quick, "method=sam", "seed=1"]) == 0
     runs = folder / "runs/digits"
     stopped = runs / "sam/seed1"
     (stopped / "results.json").unlink()  # as if stopped after the last checkpoint
@@ -162,7 +162,7 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     python.chmod(0o755)
     with monkeypatch.context() as patched:
         patched.setattr(sys, "executable", str(python))
-        assert compare.main(command) == 1
+        assert compare(command) == 1
     out, err = capsys.readouterr()
     log = Path("runs/digits/sam/seed1.log")
     assert err == f"sam seed 1 failed: out of luck (all of its output: {log})\n"
@@ -170,7 +170,7 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     assert "1/1 sam seed 1: failed" in out and "- Missing: sam seed 1 (unfinished, 22 steps)." in out
     assert {path.name for path in runs.iterdir()} == {"sgd", "sam", *REPORT}
 
-    assert compare.main(command) == 0
+    assert compare(command) == 0
     out, err = capsys.readouterr()
     assert err == "" and "Missing" not in out and not log.exists()
     assert "1/1 sam seed 1: test accuracy" in out
@@ -180,7 +180,7 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     check_against_results(out, runs)
 
     before = files(runs)
-    assert compare.main([*command, "--table"]) == 0
+    assert compare([*command, "--table"]) == 0
     assert table(capsys.readouterr().out) == table(out[out.rindex("| method") :])
     assert files(runs) == before
 
@@ -212,7 +212,7 @@ def check_against_results(out: str, runs: Path) -> None:
 def test_means_deviations_and_tests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracies = {"sgd": [0.90, 0.91, 0.92], "sam": [0.95, 0.97, 0.96], "asam": [0.96, 0.93, 0.97]}
     pretend_grid(accuracies)
-    assert compare.main(["digits", "--methods", "sgd,sam,asam,gsam", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam,asam,gsam", "--table"]) == 0
     out = capsys.readouterr().out
     rows = table(out)
     assert rows["sgd"]["test accuracy, %"] == "91.00 ± 1.00"
@@ -243,7 +243,7 @@ def by_hand(first: list[float], second: list[float]) -> float:
 
 def test_one_seed_is_not_tested(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend_grid({"sgd": [0.9], "sam": [0.95]})
-    assert compare.main(["digits", "--methods", "sgd,sam", "--seeds", "0", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam", "--seeds", "0", "--table"]) == 0
     out = capsys.readouterr().out
     assert table(out)["sam"]["test accuracy, %"] == "**95.00**"
     assert table(out)["sgd"]["p (against sam)"] == "-"
@@ -254,7 +254,7 @@ def test_a_method_that_lacks_seeds_is_not_called_the_best(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend_grid({"sgd": [0.9, 0.91], "sam": [0.99]})
-    assert compare.main(["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--table"]) == 0
     rows = table(capsys.readouterr().out)
     assert rows["sgd"]["p (against sgd)"] == "best" and rows["sam"]["seeds"] == "1 of 2"
 
@@ -264,7 +264,7 @@ def test_equal_accuracies_are_told_apart_by_the_loss(
 ) -> None:
     pretend_grid({"sgd": [0.9, 0.9]}, loss=0.5)
     pretend_grid({"sam": [0.9, 0.9]}, loss=0.4)
-    assert compare.main(["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--table"]) == 0
     out = capsys.readouterr().out
     rows = table(out)
     assert [row["test accuracy, %"] for row in rows.values()] == ["**90.00 ± 0.00**"] * 2
@@ -290,7 +290,7 @@ def test_what_shall_be_low_is_ranked_the_other_way(folder: Path, capsys: pytest.
     Path("own.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     for path in Path("runs/digits").glob("sam/seed*/config.yaml"):
         path.write_text(path.read_text().replace("reported: null", "reported: 3.9"))
-    assert compare.main(["own.yaml", "--methods", "sgd,sam,asam"]) == 0
+    assert compare(["own.yaml", "--methods", "sgd,sam,asam"]) == 0
     out = capsys.readouterr().out
     rows = table(out.split("\n\n\n")[1])
     assert {method: row["test perplexity"] for method, row in rows.items()} == {
@@ -318,7 +318,7 @@ def test_divergence_skipped_steps_and_other_machines_are_told(
     pretend_grid({"asam": [0.8]}, device="gpu")
     with Path("runs/digits/sam/seed0/metrics.jsonl").open("a") as metrics:
         metrics.write('{"batch": 4, "epoch": 2, "sharpness/skipped_steps": 7}\n' * 2)
-    assert compare.main(["digits", "--methods", "sgd,sam,asam", "--seeds", "0", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam,asam", "--seeds", "0", "--table"]) == 0
     out = capsys.readouterr().out
     rows = table(out)
     assert rows["sam"]["test loss"] == "not finite" and rows["sgd"]["test loss"] == "**0.5000**"
@@ -326,7 +326,7 @@ def test_divergence_skipped_steps_and_other_machines_are_told(
     assert (rows["sam"]["skipped"], rows["sgd"]["skipped"]) == ("2", "0")
     assert (rows["sam"]["step / sgd's (range)"], rows["asam"]["step / sgd's (range)"]) == ("1.50", "-")
     assert "warning: device differs: cpu (sgd, sam), gpu (asam)" in out
-    assert compare.main(["digits", "--methods", "sam", "--seeds", "0", "--table"]) == 0
+    assert compare(["digits", "--methods", "sam", "--seeds", "0", "--table"]) == 0
     assert "No relative times: sgd, the baseline" in capsys.readouterr().out
 
 
@@ -342,7 +342,7 @@ def test_settings_that_should_be_the_same_are_warned_of(
         "schedules": {"rho": {"name": "cosine"}},
     }
     Path("own.yaml").write_text(yaml.safe_dump(recipe | {"methods": methods, "name": "own"}, sort_keys=False))
-    assert compare.main(["own.yaml", "--table"]) == 0
+    assert compare(["own.yaml", "--table"]) == 0
     out = capsys.readouterr().out
     assert "warning: max_duration differs: 30ep (sgd), 60ep (sam)" in out
     assert "warning: data.batch_size differs: 128 (sgd), 64 (sam)" in out
@@ -353,7 +353,7 @@ def test_settings_that_should_be_the_same_are_warned_of(
     assert settings["sam"]["schedules"].startswith("rho: cosine(")
     assert table(out)["sgd"]["published"] == "99.50" and table(out)["sam"]["published"] == "-"
 
-    assert compare.main(["digits", "--table", "--methods", "sgd,sam"]) == 0
+    assert compare(["digits", "--table", "--methods", "sgd,sam"]) == 0
     out = capsys.readouterr().out
     assert "warning" not in out and "All other settings are the same" in out and "published" not in out
 
@@ -368,7 +368,7 @@ def test_algorithms_that_make_no_method_and_tuning_should_be_every_methods(
     methods["adamw"] |= {"tuning_runs": None}
     own = recipe | {"methods": methods, "name": "own", "algorithms": {"label_smoothing": {"smoothing": 0.1}}}
     Path("own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
-    assert compare.main(["own.yaml", "--table"]) == 0
+    assert compare(["own.yaml", "--table"]) == 0
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if "warning" in line] == [
         "warning: tuning_runs differs: 36 (sgd), 12 (sam), None (adamw)",
@@ -384,7 +384,7 @@ def test_algorithms_that_make_no_method_and_tuning_should_be_every_methods(
         "algorithms.gradient_clipping={clipping_type: norm, clipping_threshold: 2.0}",
         "tuning_runs=null",
     ]
-    assert compare.main(["own.yaml", "--table", *everywhere]) == 0
+    assert compare(["own.yaml", "--table", *everywhere]) == 0
     out = capsys.readouterr().out
     assert "warning" not in out and "tuning runs" not in out
 
@@ -394,10 +394,10 @@ def test_methods_that_finished_other_seeds_are_warned_of(
 ) -> None:
     pretend_grid({"sgd": [0.9, 0.91], "sam": [0.95, 0.97]})
     command = ["digits", "--methods", "sgd,sam,asam", "--seeds", "0,1", "--table"]
-    assert compare.main(command) == 0
+    assert compare(command) == 0
     assert "warning" not in capsys.readouterr().out  # one that has none finished shows no numbers
     Path("runs/digits/sam/seed0/results.json").unlink()
-    assert compare.main(command) == 0
+    assert compare(command) == 0
     assert "warning: the set of finished seeds differs: 0, 1 (sgd), 1 (sam)" in capsys.readouterr().out
 
 
@@ -405,7 +405,7 @@ def test_a_number_of_tuning_runs_does_not_make_another_run(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend_grid({"sgd": [0.9]})
-    assert compare.main(["digits", "--methods", "sgd", "--seeds", "0", "--table", "tuning_runs=5"]) == 0
+    assert compare(["digits", "--methods", "sgd", "--seeds", "0", "--table", "tuning_runs=5"]) == 0
     assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
 
 
@@ -416,12 +416,12 @@ def test_callbacks_make_neither_another_run_nor_an_unfair_comparison(
     methods = {name: dict(recipe["methods"][name]) for name in ("sgd", "sam")}
     methods["sam"] |= {"callbacks": {"sharpness_monitor": {"interval": "5ep"}}}
     Path("own.yaml").write_text(yaml.safe_dump(recipe | {"methods": methods}, sort_keys=False))
-    assert compare.main(["own.yaml", "--table"]) == 0
+    assert compare(["own.yaml", "--table"]) == 0
     out = capsys.readouterr().out
     assert "warning" not in out and "All other settings are the same" in out
     (watched,) = load_grid("digits", ["sgd"], [0], ["callbacks.sharpness_monitor={}"])
     pretend(watched, [0.5, 0.9])
-    assert compare.main(["digits", "--methods", "sgd", "--seeds", "0", "--table"]) == 0
+    assert compare(["digits", "--methods", "sgd", "--seeds", "0", "--table"]) == 0
     assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
 
 
@@ -451,7 +451,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend_grid({"sgd": [0.9, 0.91], "sam": [0.95, 0.97]})
-    assert compare.main(["digits", "--methods", "sgd,sam", "--seeds", "0,1"]) == 0
+    assert compare(["digits", "--methods", "sgd,sam", "--seeds", "0,1"]) == 0
     said = table(capsys.readouterr().out.split("\n\n\n")[1])
     assert table(Path("runs/digits/table.md").read_text()) == said
     text = Path("runs/digits/report.html").read_text(encoding="utf-8")
@@ -467,7 +467,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     for row in said.values():
         assert all(cell.strip("*") in page.cells for cell in row.values())
     assert "sam seed 1" in page.cells and "sam(rho=0.05)" in page.cells
-    assert "python -m composer_sassha.compare digits --methods sgd,sam --seeds 0,1" in text
+    assert "python -m composer_sassha compare digits --methods sgd,sam --seeds 0,1" in text
 
 
 def test_a_run_with_other_settings_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,7 +480,7 @@ def test_a_run_with_other_settings_is_refused(folder: Path, capsys: pytest.Captu
 def test_a_recipe_without_methods_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend_grid({"sam": [0.9, 0.92]})
     config = "runs/digits/sam/seed0/config.yaml"
-    assert compare.main([config, "--seeds", "0,1"]) == 0
+    assert compare([config, "--seeds", "0,1"]) == 0
     assert table(Path("runs/digits/table.md").read_text())["sam"]["test accuracy, %"] == "**91.00 ± 1.41**"
     capsys.readouterr()
     assert "'sgd'" in refused([config, "--methods", "sgd"], folder, capsys)
@@ -500,7 +500,7 @@ def test_an_interruption_says_how_to_go_on(
         raise stop
 
     monkeypatch.setattr(compare, "_train", interrupted)
-    assert compare.main(["digits", "--methods", "sgd"]) == status
+    assert compare(["digits", "--methods", "sgd"]) == status
     assert (
         capsys.readouterr().err
         == "interrupted; the same command goes on, and --table shows what is finished\n"
@@ -612,7 +612,7 @@ def test_a_job_ends_with_the_process_that_started_it(sent: signal.Signals, folde
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_training_outlives_its_comparison(sent: signal.Signals, folder: Path) -> None:
     arguments = ["digits", "--methods", "sgd", "--seeds", "0", "max_duration=500ep", "progress_bar=false"]
-    command = [sys.executable, "-m", "composer_sassha.compare", *arguments]
+    command = [sys.executable, "-m", "composer_sassha", "compare", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         metrics = folder / "runs/digits/sgd/seed0/metrics.jsonl"
         assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, seconds=200)
@@ -657,7 +657,7 @@ def test_relative_times_are_the_processors_where_all_runs_are_alone_on_one(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def costs() -> dict[str, str]:
-        assert compare.main(["digits", "--methods", "sgd,sam,asam,gsam", "--seeds", "0", "--table"]) == 0
+        assert compare(["digits", "--methods", "sgd,sam,asam,gsam", "--seeds", "0", "--table"]) == 0
         out = capsys.readouterr().out
         assert ("Relative times are of the processor" in out) is (len({*Path("runs/digits").iterdir()}) == 2)
         return {method: row["step / sgd's (range)"] for method, row in table(out).items()}

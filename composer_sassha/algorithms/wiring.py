@@ -8,8 +8,8 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from composer_sassha._validate import SettingError
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
+from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
 

@@ -1,0 +1,5 @@
+"""Composer callbacks."""
+
+from composer_sassha.callbacks.sharpness_monitor import SharpnessMonitor
+
+__all__ = ["SharpnessMonitor"]

@@ -1,0 +1,101 @@
+"""Look at finished runs: `python -m composer_sassha inspect RUN [RUN ...] [options] [data.key=value ...]`."""
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer_sassha.commands.command_line import CommandParser, at_least_one
+from composer_sassha.inspection.options import Options
+from composer_sassha.recipes.errors import ConfigError
+
+_EXAMPLES = """\
+examples:
+  python -m composer_sassha inspect runs/digits/*/seed*
+  python -m composer_sassha inspect runs/digits/sgd/seed0 runs/digits/sam/seed0 --split train
+  python -m composer_sassha inspect runs/cifar10-resnet20/*/seed* data.root=/data --samples 2048
+
+Measures the last checkpoint of each run: the largest eigenvalues, the trace and the spectral density of the
+Hessian, SAM's, ASAM's, average-case and m-sharpness, and the loss along directions and between runs. The
+folder of the comparison gets sharpness.json, spectra.png, lines.png and planes.png, and its report.html a
+section with them. What is measured already is left alone.
+"""
+
+
+INTERRUPTED = "interrupted; the same command goes on with the runs that are left"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command with these arguments and return its exit status."""
+    arguments = _parser().parse_intermixed_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("inspect: works in one process; run it with python -m, without a launcher")
+    paths = [Path(a) for a in arguments.arguments if "=" not in a or Path(a).is_dir()]
+    overrides = [a for a in arguments.arguments if "=" in a and not Path(a).is_dir()]
+    if not paths:
+        raise ConfigError("RUN: not given; name the folders of finished runs, such as runs/digits/*/seed*")
+    settings = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
+    # Only now, as it imports torch and Composer, which --help need not wait for.
+    from composer_sassha.inspection.inspection import inspect_runs
+
+    print(inspect_runs(paths, overrides, Options(**settings), _command(argv)))
+    return 0
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "composer_sassha", "inspect", *argv])
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return value
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 2")
+    return int(text)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m composer_sassha inspect",
+        usage="%(prog)s RUN [RUN ...] [--split train] [--samples N] [options] [data.key=value ...]",
+        description="Measure how sharp the minima are that runs have ended in, and draw them side by side.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="RUN, data.key=value",
+        help="folders of finished runs of one comparison, then settings of the data that differ here",
+    )
+    default = Options()
+    parser.add_argument(
+        "--split",
+        choices=["heldout", "train"],
+        default=default.split,
+        help="the data: heldout (default), or train, augmented as in training",
+    )
+    for option, kind, metavar, what in (
+        ("samples", at_least_one, "N", "drawn from it, the same for all runs"),
+        ("batch-size", at_least_one, "N", "samples in one pass"),
+        ("rho", _above_zero, "R", "radius of SAM's sharpness, m-sharpness and the average"),
+        ("asam-rho", _above_zero, "R", "radius of adaptive sharpness"),
+        ("trace-samples", _at_least_two, "N", "random vectors for the trace"),
+        ("steps", at_least_one, "N", "of Lanczos for each of the spectrum's probes"),
+        ("probes", at_least_one, "N", "random vectors for the spectrum"),
+        ("points", _at_least_two, "N", "on each line; half as many along a side of the plane"),
+    ):
+        value = getattr(default, option.replace("-", "_"))
+        parser.add_argument(
+            f"--{option}", type=kind, default=value, metavar=metavar, help=f"{what} ({value})"
+        )
+    return parser

@@ -1,0 +1,1 @@
+"""Measure finished runs: the parts of `python -m composer_sassha inspect`."""
