@@ -1,18 +1,19 @@
-"""The checks at the Trainer's start: what cannot train is refused before anything is computed."""
+"""The checks at the Trainer's start: refuse what cannot train before anything is computed."""
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
 import composer.algorithms
 from composer.core import Algorithm, Precision, State
 from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 
-from composer_sassha.optim import SharpnessAwareOptimizer
+from composer_sassha.algorithms.base import MethodAlgorithm, methods_of
+from composer_sassha.optim import SharpnessAwareOptimizer, takes_curvature
+from composer_sassha.perturbations import Perturbation
 
-# They mix samples with each other, or need a number of them.
-_OF_WHOLE_BATCHES = (
+# They mix samples with each other, or need a minimum number of them.
+_NEED_WHOLE_BATCHES = (
     composer.algorithms.MixUp,
     composer.algorithms.CutMix,
     composer.algorithms.GhostBatchNorm,
@@ -22,6 +23,9 @@ _OF_WHOLE_BATCHES = (
 def check(state: State) -> None:
     """Refuse combinations that cannot train, before anything has been computed.
 
+    Args:
+        state: the Trainer's.
+
     Raises:
         ValueError: says what does not fit, and what to do.
     """
@@ -30,38 +34,37 @@ def check(state: State) -> None:
             f"{len(state.optimizers)} optimizers were given to the Trainer; these methods need exactly one"
         )
     (optimizer,) = state.optimizers
-    wrapped = isinstance(optimizer, SharpnessAwareOptimizer)
-    base = optimizer.base_optimizer if wrapped else optimizer
-
-    def that_have(attribute: str) -> list[str]:
-        brought = [repr(a) for a in state.algorithms if any(hasattr(part, attribute) for part in parts([a]))]
-        given = getattr(optimizer, attribute, None) if wrapped else None
-        return [*brought, repr(given)] if given is not None else brought
-
-    perturbations, hessians = that_have("perturbation"), that_have("curvature")
+    base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if any(isinstance(algorithm, composer.algorithms.SAM) for algorithm in state.algorithms):
         raise ValueError(
             "composer.algorithms.SAM cannot run beside composer_sassha's algorithms; remove one of the two"
         )
+
+    # A compound algorithm is shown as the user wrote it, not by its parts.
+    shown = [(repr(a), part) for a in state.algorithms for part in methods_of([a])]
+    perturbations = [name for name, part in shown if part.perturbation is not None]
+    hessians = [name for name, part in shown if part.curvature is not None]
+    if isinstance(optimizer, SharpnessAwareOptimizer):
+        perturbations += [] if optimizer.perturbation is None else [repr(optimizer.perturbation)]
+        hessians += [] if optimizer.curvature is None else [repr(optimizer.curvature)]
     if len(perturbations) > 1:
         raise ValueError(
             f"the weights would be perturbed twice ({' and '.join(perturbations)}); keep one perturbation"
         )
     if len(hessians) > 1:
         raise ValueError(f"the Hessian would be refreshed twice ({' and '.join(hessians)}); keep one of them")
-    takes_curvature = hasattr(base, "update_curvature")
-    if hessians and not takes_curvature:
+    if hessians and not takes_curvature(base):
         raise ValueError(
             f"LazyHessian needs an optimizer that takes curvature, such as composer_sassha.SASSHA; "
             f"{type(base).__name__} does not"
         )
-    if takes_curvature and not hessians:
+    if takes_curvature(base) and not hessians:
         raise ValueError(
             f"{type(base).__name__} lacks a Hessian; add LazyHessian(), or use Sassha() or MSassha(), which "
             "perturb and refresh the Hessian in one"
         )
-    if perturbations:
-        perturbation_of(state).check(base)
+    if (perturbation := perturbation_of(state)) is not None:
+        perturbation.check(base)
     _check_sharding(state)
     _check_companions(state)
     if state.auto_microbatching and dist.get_world_size() > 1:
@@ -84,10 +87,9 @@ def _check_sharding(state: State) -> None:
         return
     if state.precision == Precision.AMP_FP16:
         raise ValueError("precision='amp_fp16' does not work with FSDP here; use 'amp_bf16'")
-    for owner in [*parts(state.algorithms), *state.optimizers]:
-        curvature = getattr(owner, "curvature", None)
-        if curvature is not None and curvature.whole_only:
-            raise ValueError(curvature.whole_only)
+    for owner in _owners(state):
+        if owner.curvature is not None and owner.curvature.whole_only:
+            raise ValueError(owner.curvature.whole_only)
     for group in state.optimizers[0].param_groups:
         size = group.get("block_size", 1)
         if any(p.ndim == 2 and p.shape[1] % size for p in group["params"]):
@@ -98,14 +100,13 @@ def _check_sharding(state: State) -> None:
 
 
 def _check_companions(state: State) -> None:
-    """Refuse those of Composer's algorithms that a second pass would make another function of the model."""
-    owners = [*parts(state.algorithms), *state.optimizers]
-    perturbed_twice = getattr(perturbation_of(state), "ascends", False)
-    curvatures = [getattr(owner, "curvature", None) for owner in owners]
-    evaluated_twice = any(curvature.evaluates_again for curvature in curvatures if curvature is not None)
-    fraction = min((getattr(part, "ascent_fraction", 1) for part in parts(state.algorithms)), default=1)
+    """Refuse Composer algorithms for which the second pass would see another function of the model."""
+    perturbation = perturbation_of(state)
+    perturbed_twice = perturbation is not None and perturbation.ascends
+    evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _owners(state))
+    fraction = min((method.ascent_fraction for method in methods_of(state.algorithms)), default=1)
     for algorithm in state.algorithms:
-        if fraction < 1 and isinstance(algorithm, _OF_WHOLE_BATCHES):
+        if fraction < 1 and isinstance(algorithm, _NEED_WHOLE_BATCHES):
             raise ValueError(
                 f"{type(algorithm).__name__} works on whole batches, and ascent_fraction={fraction} takes a "
                 "part of each; leave it out, or set ascent_fraction=1"
@@ -118,19 +119,21 @@ def _check_companions(state: State) -> None:
 
 
 def sort(state: State) -> None:
-    """Have the Trainer run those algorithms last, at every event, that say so, in the order they name."""
-    state.algorithms = sorted(
-        state.algorithms, key=lambda a: max(getattr(part, "runs_late", 0) for part in parts([a]))
-    )
+    """Move the algorithms that run late to the end of the Trainer's list, in the order of `runs_late`."""
+
+    def place(algorithm: Algorithm) -> int:
+        return max((method.runs_late for method in methods_of([algorithm])), default=0)
+
+    state.algorithms = sorted(state.algorithms, key=place)
 
 
-def perturbation_of(state: State) -> Any:
-    """The perturbation that the Trainer's algorithms or its wrapped optimizer bring, or None."""
-    owners = [*parts(state.algorithms), *state.optimizers]
-    return next((found for owner in owners if (found := getattr(owner, "perturbation", None))), None)
+def perturbation_of(state: State) -> Perturbation | None:
+    """Return the perturbation that the Trainer's algorithms or its wrapped optimizer bring, or None."""
+    brought = (owner.perturbation for owner in _owners(state))
+    return next((perturbation for perturbation in brought if perturbation is not None), None)
 
 
-def parts(algorithms: Any) -> Iterator[Algorithm]:
-    """Yield algorithms, those that are made of others taken apart."""
-    for algorithm in algorithms:
-        yield from parts(algorithm.parts) if hasattr(algorithm, "parts") else (algorithm,)
+def _owners(state: State) -> Sequence[MethodAlgorithm | SharpnessAwareOptimizer]:
+    """Return what may bring a perturbation or the curvature: our algorithms and the wrapped optimizer."""
+    wrapped = [optimizer for optimizer in state.optimizers if isinstance(optimizer, SharpnessAwareOptimizer)]
+    return [*methods_of(state.algorithms), *wrapped]

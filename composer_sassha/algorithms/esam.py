@@ -12,6 +12,7 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from composer_sassha.algorithms import checks, wiring
+from composer_sassha.algorithms.base import taken_apart
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.common import validate
@@ -123,7 +124,7 @@ class ESAM(PerturbingAlgorithm):
         """Refuse what does not go with a selection of samples."""
         if self.gamma == 1:
             return
-        for part in checks.parts(state.algorithms):
+        for part in taken_apart(state.algorithms):
             if isinstance(part, MixUp | CutMix):
                 raise ValueError(
                     f"ESAM: {type(part).__name__} mixes samples, which then have no loss of their own; "

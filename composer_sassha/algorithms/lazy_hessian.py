@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from composer.core import Algorithm, Event, Precision, State, get_precision_context
+from composer.core import Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from composer.utils import ensure_tuple
 from torch import Tensor
 
 from composer_sassha.algorithms import checks, wiring
+from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.common.batches import select, size_of, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.snapshot import Snapshot
@@ -25,7 +26,7 @@ _EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
 LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
 
 
-class LazyHessian(Algorithm):
+class LazyHessian(MethodAlgorithm):
     """Estimates the Hessian's diagonal every `interval` steps, for the optimizer (SASSHA, arXiv 2502.18153).
 
     The estimate is taken on the pass whose gradient updates the weights: at w + e on a perturbed step.
@@ -81,7 +82,7 @@ class LazyHessian(Algorithm):
         seed: int = 0,
         batch_fraction: float = 1.0,
     ) -> None:
-        self.curvature = LazyCurvature(interval, estimator, samples, seed, batch_fraction)
+        self.curvature: LazyCurvature = LazyCurvature(interval, estimator, samples, seed, batch_fraction)
         self._batch_size: int | None = None
         self._replay: _Replay | None = None
 

@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_sassha.algorithms import checks, wiring
+from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.common import validate
 from composer_sassha.common.batches import select, size_of
 from composer_sassha.common.validate import SettingError
@@ -23,7 +24,7 @@ _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
 LOGGED = ("rho", "grad_norm", "momentum_norm", "loss_gap", "dominant_eigenvalue", "skipped_steps")
 
 
-class PerturbingAlgorithm(Algorithm):
+class PerturbingAlgorithm(MethodAlgorithm):
     """Gives the Trainer's optimizer a perturbation, at BEFORE_LOAD, and logs what it has to say.
 
     Args:
@@ -41,7 +42,7 @@ class PerturbingAlgorithm(Algorithm):
         ascent_fraction: float = 1.0,
     ) -> None:
         name = type(self).__name__
-        self.perturbation = perturbation
+        self.perturbation: Perturbation = perturbation
         self.interval = validate.integer(name, "interval", interval, low=1)
         if sync_ascent is not None:
             validate.boolean(name, "sync_ascent", sync_ascent)

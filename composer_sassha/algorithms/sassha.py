@@ -3,18 +3,19 @@
 import warnings
 from typing import Any
 
-from composer.core import Algorithm, Event, State
+from composer.core import Event, State
 from composer.loggers import Logger
 
+from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.msam import MSAM
 from composer_sassha.algorithms.perturbing import PerturbingAlgorithm, as_call
 from composer_sassha.algorithms.sam import SAM
 
 
-class _Both(Algorithm):
+class _Both(MethodAlgorithm):
     def __init__(self, perturbing: PerturbingAlgorithm, lazy_hessian: LazyHessian) -> None:
-        self.parts = (perturbing, lazy_hessian)
+        self.parts: tuple[PerturbingAlgorithm, LazyHessian] = (perturbing, lazy_hessian)
         interval, hessian_interval = perturbing.interval, lazy_hessian.curvature.interval
         if hessian_interval % interval:
             warnings.warn(

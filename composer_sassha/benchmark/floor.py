@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from composer_sassha.algorithms import ESAM, checks, wiring
+from composer_sassha.algorithms import ESAM, wiring
+from composer_sassha.algorithms.base import methods_of
 from composer_sassha.benchmark.steps import Kind, Run, Timing
+from composer_sassha.curvature import LazyCurvature
 from composer_sassha.recipes.config import Recipe
 
 
@@ -40,12 +42,15 @@ def has_floor(run: Run) -> bool:
     ESAM's second pass and a partial ascent take a part of the batch, and estimates other than Hutchinson's on
     the whole batch take something else than such a product.
     """
-    curvature = getattr(run.optimizer, "curvature", None)
-    whole = curvature is None or (curvature.estimator == "hutchinson" and curvature.batch_fraction == 1)
-    partial = getattr(run.optimizer, "partial_ascent", False) or any(
-        isinstance(part, ESAM) for part in checks.parts(run.trainer.state.algorithms)
+    methods = methods_of(run.trainer.state.algorithms)
+    return not any(
+        isinstance(method, ESAM) or method.ascent_fraction < 1 or _takes_something_else(method.curvature)
+        for method in methods
     )
-    return whole and not partial
+
+
+def _takes_something_else(curvature: LazyCurvature | None) -> bool:
+    return curvature is not None and (curvature.estimator != "hutchinson" or curvature.batch_fraction < 1)
 
 
 class BareOptimizer(Optimizer):

@@ -22,8 +22,10 @@ from filelock import FileLock
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from composer_sassha.algorithms import Schedule, checks
+from composer_sassha.algorithms import Schedule
+from composer_sassha.algorithms.base import methods_of
 from composer_sassha.common.validate import SettingError
+from composer_sassha.optim import takes_curvature
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.folder import (
@@ -109,9 +111,7 @@ def _build(recipe: Recipe) -> _Parts:
     for name, callback in recipe.callbacks.items():
         with config_errors(f"callbacks.{name}"):
             callbacks.append(callback.build())
-    if hasattr(optimizer, "update_curvature") and not any(
-        hasattr(p, "curvature") for p in checks.parts(algorithms)
-    ):
+    if takes_curvature(optimizer) and all(method.curvature is None for method in methods_of(algorithms)):
         raise ConfigError(
             f"algorithms: {type(optimizer).__name__} needs a Hessian; add algorithms.lazy_hessian={{}}, "
             "or algorithms.sassha={} or algorithms.msassha={}, which perturb as well"
