@@ -1,7 +1,8 @@
 """Sharpness-aware and second-order training for MosaicML Composer.
 
-The plain PyTorch parts (`optim`, `perturbations`, `curvature`) never import Composer. The names below are
-loaded when they are first used, so that importing one of those parts does not import Composer either.
+The plain PyTorch parts (`common`, `perturbations`, `curvature`, `optim`, `sharpness`) never import Composer.
+The names below are loaded when they are first used, so that importing one of those parts does not import
+Composer either.
 """
 
 from importlib import import_module

@@ -17,7 +17,7 @@ from composer.utils import get_device, reproducibility
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from composer_sassha.callbacks.sharpness_monitor import take
+from composer_sassha.callbacks.batches import take
 from composer_sassha.common.validate import SettingError
 from composer_sassha.comparison.grid import Run
 from composer_sassha.comparison.report import Report

@@ -175,10 +175,11 @@ def objective_of(
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
 ) -> Objective:
-    """Make the objective of a `ComposerModel`: its own loss, `model.loss(model(batch), batch)`.
+    """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
     Args:
-        model: the Trainer's model, wrapped for data-parallel training or not.
+        model: has a method `loss(outputs, batch)`, as a `ComposerModel` has; wrapped for data-parallel
+            training or not.
         batches: each with its number of samples.
         tick: see `Objective`.
     """

@@ -13,12 +13,12 @@ from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader, DistributedSampler
 
 from composer_sassha import SharpnessMonitor
-from composer_sassha.callbacks.sharpness_monitor import take
+from composer_sassha.callbacks import sharpness_monitor as module
+from composer_sassha.callbacks.batches import take
 from composer_sassha.common.validate import SettingError
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import train_recipe
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
-from composer_sassha.sharpness import monitor as module
 from tests.distributed.launch import assert_passed, launch
 from tests.helpers import Injected, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
