@@ -9,15 +9,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from composer_sassha.common import validate
-from composer_sassha.optim.second_order import (
-    SecondOrderOptimizer,
-    corrected_denominators,
-    corrected_step,
-    kept,
-)
+from composer_sassha.optim.bias_corrected import BiasCorrectedOptimizer
+from composer_sassha.optim.second_order import kept
 
 
-class AdaHessian(SecondOrderOptimizer):
+class AdaHessian(BiasCorrectedOptimizer):
     r"""Adam whose second moment is that of the Hessian's diagonal, spatially averaged, not the gradient's.
 
     .. math::
@@ -118,14 +114,8 @@ class AdaHessian(SecondOrderOptimizer):
         torch._foreach_mul_(averages, beta2)
         torch._foreach_addcmul_(averages, estimates, estimates, 1 - beta2)
 
-    def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
-        averages, ages = kept(states, "exp_hessian_sq"), [state["hessian_step"] for state in states]
-        return corrected_denominators(averages, ages, group["hessian_power"] / 2, group)
-
-    def _update(
-        self, weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
-    ) -> None:
-        corrected_step(weights, states, denominators, group)
+    def _power(self, group: dict[str, Any]) -> float:
+        return group["hessian_power"] / 2  # the average is of squares
 
 
 def spatial_average(estimate: Tensor, block_size: int) -> Tensor:

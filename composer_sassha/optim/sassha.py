@@ -8,15 +8,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from composer_sassha.common import validate
-from composer_sassha.optim.second_order import (
-    SecondOrderOptimizer,
-    corrected_denominators,
-    corrected_step,
-    kept,
-)
+from composer_sassha.optim.bias_corrected import BiasCorrectedOptimizer
+from composer_sassha.optim.second_order import kept
 
 
-class SASSHA(SecondOrderOptimizer):
+class SASSHA(BiasCorrectedOptimizer):
     r"""Preconditions the gradient's average with the square root of an averaged absolute Hessian diagonal.
 
     .. math::
@@ -94,12 +90,3 @@ class SASSHA(SecondOrderOptimizer):
 
     def _age(self, state: dict[str, Any]) -> int:
         return state["step"] + 1  # counted in steps, as the authors do
-
-    def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
-        averages, ages = kept(states, "exp_hessian"), [state["hessian_step"] for state in states]
-        return corrected_denominators(averages, ages, group["hessian_power"], group)
-
-    def _update(
-        self, weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
-    ) -> None:
-        corrected_step(weights, states, denominators, group)

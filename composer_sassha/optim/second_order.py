@@ -108,7 +108,7 @@ class SecondOrderOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         owner = type(self).__name__
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in self._params() if p.grad is not None]
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError(
                 f"{owner}: sparse gradients are not supported; build the embedding with sparse=False"
@@ -171,12 +171,17 @@ class SecondOrderOptimizer(Optimizer):
         """
         self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(saved, own, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name in ("exp_avg", self._average):
-                    self.state[p][name] = value.to(device=p.device, dtype=wide_dtype([p]))
+        for _, p, state in self._saved_states(state_dict):
+            for name in ("exp_avg", self._average):
+                self.state[p][name] = state[name].to(device=p.device, dtype=wide_dtype([p]))
+
+    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
+        """Yield every state of a state dict that is not empty, with its key and its parameter here."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        # Where there are more or fewer of them, torch refuses the state dict by itself.
+        for key, p in zip(keys, self._params()):  # noqa: B905
+            if state := state_dict["state"].get(key):
+                yield key, p, state
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         owner, names = type(self).__name__, {"step", "exp_avg", self._average, "hessian_step"}
@@ -187,16 +192,13 @@ class SecondOrderOptimizer(Optimizer):
                     f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it "
                     f"is not one of composer_sassha's; {advice}"
                 )
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, p in zip(saved, own):  # noqa: B905 - torch says it if there are more or fewer
-            state = state_dict["state"].get(key)
-            if state and (lacking := sorted(names - {*state})):
+        for key, p, state in self._saved_states(state_dict):
+            if lacking := sorted(names - {*state}):
                 raise ValueError(
                     f"{owner}: parameter {key} of this state has no {', '.join(lacking)}, but "
                     f"{', '.join(map(str, state))}, so that it is not one of composer_sassha's; {advice}"
                 )
-            for name in ("exp_avg", self._average) if state else ():
+            for name in ("exp_avg", self._average):
                 if (shape := state[name].shape) != p.shape:
                     raise ValueError(
                         f"{owner}: {name} of parameter {key} of this state has shape {tuple(shape)}, and the "
@@ -242,9 +244,11 @@ class SecondOrderOptimizer(Optimizer):
             for params in lists.values():
                 yield params, group
 
-    def _trained(self) -> Iterable[Tensor]:
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        return (p for p in params if p.requires_grad or p.grad is not None)
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _trained(self) -> Iterator[Tensor]:
+        return (p for p in self._params() if p.requires_grad or p.grad is not None)
 
     def _init_state(self) -> None:
         # Whole and for every trainable parameter: what is created later cannot be loaded from a sharded
@@ -262,47 +266,3 @@ class SecondOrderOptimizer(Optimizer):
 def kept(states: Iterable[Mapping[str, Any]], name: str) -> list[Tensor]:
     """Return what the parameters' states have under a name; of sharded ones, the part that is here."""
     return local(state[name] for state in states)
-
-
-def corrected_denominators(
-    averages: list[Tensor], ages: list[int], power: float, group: dict[str, Any]
-) -> list[Tensor]:
-    """Return `(average / (1 - b2**age)) ** power + eps` of each average, in new tensors.
-
-    Example:
-        >>> group = {"betas": (0.9, 0.5), "eps": 1.0}
-        >>> corrected_denominators([torch.tensor([2.0, 8.0])], [1], 0.5, group)
-        [tensor([3., 5.])]
-    """
-    corrections = [1 - group["betas"][1] ** age for age in ages]
-    denominators = list(torch._foreach_div(averages, one_or_all(corrections)))
-    if power == 0.5:
-        torch._foreach_sqrt_(denominators)
-    elif power != 1:
-        torch._foreach_pow_(denominators, power)
-    torch._foreach_add_(denominators, group["eps"])
-    return denominators
-
-
-def corrected_step(
-    weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
-) -> None:
-    """Move the weights by `-lr * (m / (1 - b1**t)) / denominator`, in place."""
-    averages = kept(states, "exp_avg")
-    rates = [-group["lr"] / (1 - group["betas"][0] ** state["step"]) for state in states]
-    # Unlike the other operations, this one takes a single number only by another name.
-    rate = one_or_all(rates)
-    if isinstance(rate, list):
-        torch._foreach_addcdiv_(weights, averages, denominators, rate)
-    else:
-        torch._foreach_addcdiv_(weights, averages, denominators, value=rate)
-
-
-def one_or_all(numbers: list[float]) -> float | list[float]:
-    """Return the number that all are, which is faster to hand on, or all of them.
-
-    Example:
-        >>> one_or_all([0.5, 0.5]), one_or_all([0.5, 1.0])
-        (0.5, [0.5, 1.0])
-    """
-    return numbers[0] if len(set(numbers)) == 1 else numbers

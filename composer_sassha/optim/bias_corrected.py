@@ -1,0 +1,70 @@
+"""The part of the update rules whose two averages are corrected for their start at zero, as Adam's are."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_sassha.optim.second_order import SecondOrderOptimizer, kept
+
+
+class BiasCorrectedOptimizer(SecondOrderOptimizer):
+    """Moves the weights by `-lr * (m / (1 - b1**t)) / ((h / (1 - b2**age)) ** power + eps)`.
+
+    m is the average of the gradients and h that of the estimates. A rule adds how an estimate enters h, and
+    the power.
+    """
+
+    def _power(self, group: dict[str, Any]) -> float:
+        """Return the exponent of the corrected average of the estimates."""
+        return group["hessian_power"]
+
+    def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
+        averages, ages = kept(states, self._average), [state["hessian_step"] for state in states]
+        return corrected_denominators(averages, ages, self._power(group), group)
+
+    def _update(
+        self,
+        weights: list[Tensor],
+        states: list[dict[str, Any]],
+        denominators: list[Tensor],
+        group: dict[str, Any],
+    ) -> None:
+        averages = kept(states, "exp_avg")
+        rates = [-group["lr"] / (1 - group["betas"][0] ** state["step"]) for state in states]
+        # Unlike the other operations, this one takes a single number only by another name.
+        rate = one_or_all(rates)
+        if isinstance(rate, list):
+            torch._foreach_addcdiv_(weights, averages, denominators, rate)
+        else:
+            torch._foreach_addcdiv_(weights, averages, denominators, value=rate)
+
+
+def corrected_denominators(
+    averages: list[Tensor], ages: list[int], power: float, group: dict[str, Any]
+) -> list[Tensor]:
+    """Return `(average / (1 - b2**age)) ** power + eps` of each average, in new tensors.
+
+    Example:
+        >>> group = {"betas": (0.9, 0.5), "eps": 1.0}
+        >>> corrected_denominators([torch.tensor([2.0, 8.0])], [1], 0.5, group)
+        [tensor([3., 5.])]
+    """
+    corrections = [1 - group["betas"][1] ** age for age in ages]
+    denominators = list(torch._foreach_div(averages, one_or_all(corrections)))
+    if power == 0.5:
+        torch._foreach_sqrt_(denominators)
+    elif power != 1:
+        torch._foreach_pow_(denominators, power)
+    torch._foreach_add_(denominators, group["eps"])
+    return denominators
+
+
+def one_or_all(numbers: list[float]) -> float | list[float]:
+    """Return the number that all are, which makes a faster call, or all of them.
+
+    Example:
+        >>> one_or_all([0.5, 0.5]), one_or_all([0.5, 1.0])
+        (0.5, [0.5, 1.0])
+    """
+    return numbers[0] if len(set(numbers)) == 1 else numbers
