@@ -52,7 +52,9 @@ class ClosureGradScaler(torch.amp.GradScaler):
             optimizer: called as `optimizer.step(closure=...)` if it says that a closure may return None (by
                 `_step_supports_amp_closure`, as for Composer's Trainer). Any other one is called without, and
                 only if the gradient is finite.
+            *args: handed on to the optimizer's `step`.
             closure: computes the loss and the gradients of its scaled value, and returns the loss.
+            **kwargs: handed on to the optimizer's `step`.
 
         Returns:
             The loss, or None if the step was skipped.

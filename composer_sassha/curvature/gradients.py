@@ -54,6 +54,7 @@ class ByBackward:
         self.used: set[int] = set()  # which parameters have had a gradient
 
     def __call__(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
+        """Return the gradient of every parameter's part here, averaged over the ranks; zero if unused."""
         kept = [p.grad for p in self.everyone]
         try:
             for p in self.everyone:

@@ -90,6 +90,7 @@ class AdaHessian(BiasCorrectedOptimizer):
         super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""
         super().check_group(group)
         validate.number("AdaHessian", "hessian_power", group["hessian_power"], low=0, high=1)
         size = validate.integer("AdaHessian", "block_size", group["block_size"], low=1)

@@ -78,6 +78,7 @@ class SASSHA(BiasCorrectedOptimizer):
         super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""
         super().check_group(group)
         validate.number("SASSHA", "hessian_power", group["hessian_power"], low=0, high=1)
 

@@ -104,6 +104,7 @@ class SharpnessAwareOptimizer(Optimizer):
     _step_supports_amp_closure = True
 
     def __new__(cls, base_optimizer: Optimizer, *args: Any, **kwargs: Any) -> "SharpnessAwareOptimizer":
+        """Return an instance of a subclass that has the base optimizer's name, as checkpoints need."""
         return object.__new__(_class_named_after(type(base_optimizer)))  # type: ignore[arg-type]
 
     def __init__(

@@ -78,6 +78,7 @@ class Sophia(SecondOrderOptimizer):
         super().__init__(params, defaults)
 
     def check_group(self, group: dict[str, Any]) -> None:
+        """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""
         super().check_group(group)
         validate.number("Sophia", "clip_threshold", group["clip_threshold"], low=0)
 

@@ -213,6 +213,7 @@ def random_vector(objective: Objective, key: Sequence[int]) -> Tensor:
 
 
 def positive(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless an argument is a finite number > 0."""
     validate.number("sharpness", name, value, low=0)
     if value == 0:
         raise ValueError(f"sharpness: {name}=0 is not allowed; it must be a number > 0")
