@@ -1,3 +1,5 @@
+"""Packaging: what is installed, with which extras."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
