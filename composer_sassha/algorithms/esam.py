@@ -71,7 +71,7 @@ class ESAM(PerturbingAlgorithm):
         target_key: Any = 1,
     ) -> None:
         super().__init__(ESAMPerturbation(rho, beta, seed), interval, sync_ascent)
-        self.gamma = validate.share("ESAM", "gamma", gamma)
+        self.gamma = validate.fraction("ESAM", "gamma", gamma)
         self.input_key, self.target_key = input_key, target_key
         self._forget()
 

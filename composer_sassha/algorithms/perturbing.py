@@ -47,7 +47,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
         if sync_ascent is not None:
             validate.boolean(name, "sync_ascent", sync_ascent)
         self.sync_ascent = sync_ascent
-        self.ascent_fraction = validate.share(name, "ascent_fraction", ascent_fraction)
+        self.ascent_fraction = validate.fraction(name, "ascent_fraction", ascent_fraction)
         self._looked_for_sync = False
         self._first_batch = True  # of a call of fit()
 

@@ -18,9 +18,11 @@ def total_loss(loss: Any) -> Tensor:
         tensor(3.)
     """
     if isinstance(loss, Mapping) and "total" in loss:
-        return loss["total"]
-    parts = (
-        loss.values() if isinstance(loss, Mapping) else loss if isinstance(loss, (tuple, list)) else (loss,)
-    )
-    first, *others = [part.mean() for part in parts]
-    return sum(others, start=first)
+        total: Tensor = loss["total"]
+        return total
+    if isinstance(loss, Mapping):
+        loss = loss.values()
+    elif not isinstance(loss, (tuple, list)):
+        loss = (loss,)
+    means: list[Tensor] = [part.mean() for part in loss]
+    return sum(means[1:], start=means[0])

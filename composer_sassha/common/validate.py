@@ -29,14 +29,15 @@ def number(
         raise TypeError(f"{owner}: {name}={value!r} is not allowed; it must be a number {bounds}")
     if not (math.isfinite(value) and low <= value <= high and not (below and value == high)):
         raise ValueError(f"{owner}: {name}={value!r} is not allowed; it must be a number {bounds}")
-    return value
+    checked: float = value
+    return checked
 
 
-def share(owner: str, name: str, value: Any) -> float:
+def fraction(owner: str, name: str, value: Any) -> float:
     """Return `value` if it is a number in (0, 1], else raise as `number` does.
 
     Example:
-        >>> share("ESAM", "beta", 0)
+        >>> fraction("ESAM", "beta", 0)
         Traceback (most recent call last):
             ...
         ValueError: ESAM: beta=0 is not allowed; it must be a number in (0, 1]
@@ -46,7 +47,8 @@ def share(owner: str, name: str, value: Any) -> float:
         raise TypeError(message)
     if not 0 < value <= 1:
         raise ValueError(message)
-    return value
+    checked: float = value
+    return checked
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:
@@ -81,7 +83,8 @@ def integer(owner: str, name: str, value: Any, low: int) -> int:
         raise TypeError(message)
     if value < low:
         raise ValueError(message)
-    return value
+    checked: int = value
+    return checked
 
 
 def _is_a(kind: type, value: Any) -> bool:

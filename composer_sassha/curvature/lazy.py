@@ -65,7 +65,7 @@ class LazyCurvature:
         self.interval = validate.integer("LazyHessian", "interval", interval, low=1)
         self.samples = validate.integer("LazyHessian", "samples", samples, low=1)
         self.seed = validate.integer("LazyHessian", "seed", seed, low=0)
-        self.batch_fraction = validate.share("LazyHessian", "batch_fraction", batch_fraction)
+        self.batch_fraction = validate.fraction("LazyHessian", "batch_fraction", batch_fraction)
         if estimator not in list(ESTIMATORS):
             raise ValueError(
                 f"LazyHessian: estimator={estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"

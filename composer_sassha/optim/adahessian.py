@@ -109,14 +109,14 @@ class AdaHessian(BiasCorrectedOptimizer):
     def _prepare(self, estimates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return [spatial_average(h, group["block_size"]) for h in estimates]
 
-    def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
+    def _absorb(self, states: list[dict[str, Any]], estimates: list[Tensor], group: dict[str, Any]) -> None:
         beta2 = group["betas"][1]
         averages = kept(states, "exp_hessian_sq")
         torch._foreach_mul_(averages, beta2)
         torch._foreach_addcmul_(averages, estimates, estimates, 1 - beta2)
 
     def _power(self, group: dict[str, Any]) -> float:
-        return group["hessian_power"] / 2  # the average is of squares
+        return super()._power(group) / 2  # the average is of squares
 
 
 def spatial_average(estimate: Tensor, block_size: int) -> Tensor:

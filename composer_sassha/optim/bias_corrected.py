@@ -17,7 +17,8 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
 
     def _power(self, group: dict[str, Any]) -> float:
         """Return the exponent of the corrected average of the estimates."""
-        return group["hessian_power"]
+        power: float = group["hessian_power"]
+        return power
 
     def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         averages, ages = kept(states, self._average), [state["hessian_step"] for state in states]

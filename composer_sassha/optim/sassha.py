@@ -85,9 +85,10 @@ class SASSHA(BiasCorrectedOptimizer):
     def _prepare(self, estimates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return list(torch._foreach_abs(estimates))
 
-    def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
+    def _absorb(self, states: list[dict[str, Any]], estimates: list[Tensor], group: dict[str, Any]) -> None:
         averages = kept(states, "exp_hessian")
         torch._foreach_lerp_(averages, estimates, 1 - group["betas"][1])
 
     def _age(self, state: dict[str, Any]) -> int:
-        return state["step"] + 1  # counted in steps, as the authors do
+        steps: int = state["step"]  # counted in steps, as the authors do
+        return steps + 1

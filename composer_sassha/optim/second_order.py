@@ -35,23 +35,28 @@ class SecondOrderOptimizer(Optimizer):
         """Compute what is averaged, leaving the estimates as they are."""
         return estimates
 
-    def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
+    def _absorb(self, states: list[dict[str, Any]], estimates: list[Tensor], group: dict[str, Any]) -> None:
         """Average what `_prepare` has made of the estimates into the states, in place."""
         raise NotImplementedError
 
-    def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
+    def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         """Compute in new tensors what the gradient's average is divided by."""
         raise NotImplementedError
 
     def _update(
-        self, weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
+        self,
+        weights: list[Tensor],
+        states: list[dict[str, Any]],
+        denominators: list[Tensor],
+        group: dict[str, Any],
     ) -> None:
         """Move the weights, decayed already; the denominators may be written over."""
         raise NotImplementedError
 
     def _age(self, state: dict[str, Any]) -> int:
         """Return the age of the average with the estimate that has just entered: the number of estimates."""
-        return state["hessian_step"] + 1
+        estimates: int = state["hessian_step"]
+        return estimates + 1
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check a parameter group's hyperparameters, for a schedule that has changed them.

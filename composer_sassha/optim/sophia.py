@@ -82,11 +82,11 @@ class Sophia(SecondOrderOptimizer):
         super().check_group(group)
         validate.number("Sophia", "clip_threshold", group["clip_threshold"], low=0)
 
-    def _absorb(self, states: list[dict], estimates: list[Tensor], group: dict[str, Any]) -> None:
+    def _absorb(self, states: list[dict[str, Any]], estimates: list[Tensor], group: dict[str, Any]) -> None:
         averages = kept(states, "exp_hessian")
         torch._foreach_lerp_(averages, estimates, 1 - group["betas"][1])
 
-    def _denominators(self, states: list[dict], group: dict[str, Any]) -> list[Tensor]:
+    def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         averages = kept(states, "exp_hessian")
         denominators = list(torch._foreach_mul(averages, group["clip_threshold"]))
         # A normal number has a finite reciprocal: 0 / eps is 0, and what overflows is clipped.
@@ -95,7 +95,11 @@ class Sophia(SecondOrderOptimizer):
         return denominators
 
     def _update(
-        self, weights: list[Tensor], states: list[dict], denominators: list[Tensor], group: dict[str, Any]
+        self,
+        weights: list[Tensor],
+        states: list[dict[str, Any]],
+        denominators: list[Tensor],
+        group: dict[str, Any],
     ) -> None:
         averages = kept(states, "exp_avg")
         steps = denominators  # in the same memory

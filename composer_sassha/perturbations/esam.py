@@ -44,7 +44,7 @@ class ESAMPerturbation(Perturbation):
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""
         validate.number("ESAM", "rho", self.rho, low=0)
-        validate.share("ESAM", "beta", self.beta)
+        validate.fraction("ESAM", "beta", self.beta)
         validate.integer("ESAM", "seed", self.seed, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:

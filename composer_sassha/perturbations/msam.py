@@ -71,4 +71,5 @@ def _momentum(state: Mapping[str, Any]) -> Tensor | None:
             f"MSAM: the optimizer keeps no exp_avg or momentum_buffer, but {', '.join(map(str, state))}; "
             "take another optimizer or another perturbation"
         )
-    return state.get("exp_avg", state.get("momentum_buffer"))
+    momentum: Tensor | None = state.get("exp_avg", state.get("momentum_buffer"))
+    return momentum

@@ -1,11 +1,12 @@
 """The Hessian of an objective: its largest eigenvalues, and its trace."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from composer_sassha.common import validate
@@ -31,8 +32,8 @@ class Estimate(NamedTuple):
 class Eigenpairs(NamedTuple):
     """The largest eigenvalues, in descending order [k], and their unit vectors [k, size]."""
 
-    values: np.ndarray
-    vectors: np.ndarray
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float64]
 
 
 def led(objective: Objective, solve: Callable[[Product], T]) -> T:
@@ -56,7 +57,7 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
         dist.broadcast(order, src=0)
         return objective.product(vector)
 
-    answer: list[Any] = [None]
+    answer: list[T | None] = [None]
     if rank() == 0:
         answer = [solve(product)]
         order.zero_()
@@ -68,7 +69,7 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
                 break
             objective.product(order[:-1].clone())
     dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return cast(T, answer[0])
 
 
 def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> Eigenpairs:
@@ -102,7 +103,9 @@ def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: in
     return led(objective, lambda product: _top(product, objective, k, tol, seed))
 
 
-def top_eigenvalues(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> np.ndarray:
+def top_eigenvalues(
+    objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0
+) -> NDArray[np.float64]:
     """Return the k largest eigenvalues alone; see `top_eigenpairs`."""
     _check(k, tol)
     return led(objective, lambda product: _top(product, objective, k, tol, seed).values)
@@ -118,7 +121,7 @@ def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) 
 
     like, size = wide_like(objective), objective.size
 
-    def times(vector: np.ndarray) -> np.ndarray:
+    def times(vector: NDArray[np.float64]) -> NDArray[np.float64]:
         return product(torch.from_numpy(vector.ravel().copy()).to(like)).double().cpu().numpy()
 
     basis = min(size, max(2 * k + 1, 20))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from composer_sassha.common.batches import unwrapped
@@ -43,10 +44,10 @@ def _rescaled(direction: Tensor, weights: Tensor) -> Tensor:
     """Give each filter of a direction the norm of that of the weights."""
     rest = tuple(range(1, weights.ndim))
     lengths = torch.linalg.vector_norm(direction, dim=rest, keepdim=True)
-    return direction * (torch.linalg.vector_norm(weights, dim=rest, keepdim=True) / lengths)
+    return direction.mul(torch.linalg.vector_norm(weights, dim=rest, keepdim=True) / lengths)
 
 
-def line(objective: Objective, direction: Tensor, at: Sequence[float]) -> np.ndarray:
+def line(objective: Objective, direction: Tensor, at: Sequence[float]) -> NDArray[np.float64]:
     """Return `L(w + a * d)` for every a.
 
     Args:
@@ -63,12 +64,13 @@ def line(objective: Objective, direction: Tensor, at: Sequence[float]) -> np.nda
         >>> line(objective, torch.tensor([1.0, 0.0]), [-1.0, 0.0, 1.0])
         array([4., 5., 8.])
     """
-    return plane(objective, direction, torch.zeros_like(direction), at, [0.0])[0]
+    (losses,) = plane(objective, direction, torch.zeros_like(direction), at, [0.0])
+    return np.asarray(losses)
 
 
 def plane(
     objective: Objective, first: Tensor, second: Tensor, at: Sequence[float], across: Sequence[float]
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """Return `L(w + a * d + b * f)` for every b (rows) and a (columns).
 
     Args:
@@ -97,7 +99,7 @@ def plane(
 
 def interpolation(
     objective: Objective, model: nn.Module, end: Mapping[str, Tensor], at: Sequence[float]
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """Return the loss at `(1 - a) * now + a * end` for every a: weights and BatchNorm's statistics alike.
 
     Args:

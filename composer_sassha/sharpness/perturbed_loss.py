@@ -150,7 +150,8 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1)
             found += found.new_tensor([_or_nan(groups[i], rho, steps), 1.0])
     if objective.shared and several():
         dist.all_reduce(found)
-    total, count = found.tolist()
+    sums: list[float] = found.tolist()
+    total, count = sums
     if not count or not math.isfinite(total):
         raise Unfinished(f"no groups of {m} samples, or a gradient that is not finite")
     return total / count

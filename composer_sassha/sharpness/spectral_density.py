@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from composer_sassha.common import validate
@@ -22,10 +23,10 @@ class Spectrum:
         weights: their shares, which add up to 1, [points].
     """
 
-    eigenvalues: np.ndarray
-    weights: np.ndarray
+    eigenvalues: NDArray[np.float64]
+    weights: NDArray[np.float64]
 
-    def density(self, at: np.ndarray, width: float) -> np.ndarray:
+    def density(self, at: NDArray[np.float64], width: float) -> NDArray[np.float64]:
         """Return the density, every point smoothed to a Gaussian (Ghorbani et al. 2019, section 2).
 
         Args:
@@ -38,7 +39,9 @@ class Spectrum:
         """
         validate.number("sharpness", "width", width, low=np.finfo(float).tiny)
         distance = (np.asarray(at)[:, None] - self.eigenvalues) / width
-        return np.exp(-(distance**2) / 2) @ self.weights / (width * (2 * np.pi) ** 0.5)
+        root: float = (2 * np.pi) ** 0.5
+        density: NDArray[np.float64] = np.exp(-(distance**2) / 2) @ self.weights / (width * root)
+        return density
 
 
 def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int = 0) -> Spectrum:
@@ -82,7 +85,9 @@ def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int =
     return led(objective, solve)
 
 
-def quadrature(product: Product, start: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def quadrature(
+    product: Product, start: Tensor, steps: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Run Lanczos from a vector; return the points of its quadrature and their shares, each [steps or fewer].
 
     Args:
