@@ -1,1 +1,1 @@
-"""Plain PyTorch helpers that several packages share; nothing here imports another part of the library."""
+"""Plain PyTorch helpers for all packages; none of them imports another part of the library."""

@@ -1,4 +1,4 @@
-"""Batches of any type: how many samples, and some of them; and the model that takes them."""
+"""Batches of any type: count their samples, select some; and the bare model that takes them."""
 
 import copy
 from collections.abc import Mapping
@@ -10,7 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def size_of(batch: Any) -> int | None:
-    """The number of samples in a batch: the first dimension of its first tensor that has any."""
+    """Return the number of samples in a batch: the first dimension of its first tensor that has one.
+
+    None if the batch has no such tensor.
+    """
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
     if isinstance(batch, Mapping):
@@ -21,12 +24,14 @@ def size_of(batch: Any) -> int | None:
 
 
 def select(batch: Any, index: slice | Tensor, size: int | None) -> Any:
-    """Some samples of a batch: in new containers, all tensors whose first dimension is the number of samples.
+    """Return some samples of a batch, in new containers.
+
+    Tensors whose first dimension is not the number of samples, and all that is no tensor, stay as they are.
 
     Args:
         batch: tensors in tuples, lists and mappings of any depth.
-        index: which samples.
-        size: how many the batch has.
+        index: the samples to select.
+        size: the number of samples in the batch.
     """
     if isinstance(batch, Tensor):
         return batch[index] if batch.ndim and len(batch) == size else batch
@@ -42,7 +47,11 @@ def select(batch: Any, index: slice | Tensor, size: int | None) -> Any:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside of DistributedDataParallel and torch.compile, for a forward that they must not see."""
+    """Return the model inside of DistributedDataParallel and torch.compile.
+
+    A forward of the inner model leaves the wrappers' state alone: DDP's reducer, for instance, expects a
+    backward after each of its forwards.
+    """
     for wrapper, inner in ((OptimizedModule, "_orig_mod"), (DistributedDataParallel, "module")):
         if isinstance(model, wrapper):
             model = getattr(model, inner)

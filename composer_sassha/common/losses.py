@@ -1,4 +1,4 @@
-"""Losses of any type that a model may return: a tensor, a sequence of tensors or a mapping."""
+"""Losses of any type that a model may return: a tensor, a sequence or a mapping of tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,8 @@ def total_loss(loss: Any) -> Tensor:
     """Return the one number that Composer's Trainer differentiates.
 
     Args:
-        loss: a tensor, or a sequence or a mapping of tensors; a mapping's entry `total` wins.
+        loss: a tensor, or a sequence or a mapping of tensors. A mapping with an entry `total` has its total
+            there; otherwise the means of the parts are added up.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""This process among others, if there are any."""
+"""The rank of this process, and small collectives that work without a process group too."""
 
 import torch
 import torch.distributed as dist
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """The number of this process; 0 if it is the only one."""
+    """Return the number of this process; 0 if it is the only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def several() -> bool:
-    """Whether there are other ranks."""
+    """Whether there is more than one rank."""
     return world_size() > 1
 
 
 def any_rank(condition: Tensor) -> bool:
-    """Whether a condition, a tensor with one entry, holds on any rank; one small collective."""
+    """Whether a condition, a tensor with one entry, holds on any rank; takes one small collective."""
     if several():
         condition = condition.to(torch.float32)
         dist.all_reduce(condition, dist.ReduceOp.MAX)

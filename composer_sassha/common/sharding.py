@@ -1,4 +1,4 @@
-"""Parameters of which every rank holds a part (FSDP2): the part, and the ranks that hold the others."""
+"""Parameters sharded by FSDP2: the local part, and the ranks that hold the other parts."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ from torch.distributed.tensor import DTensor
 
 
 class Shards(NamedTuple):
-    """The ranks among which parameters are sharded, and the number of the part that is here."""
+    """The ranks among which parameters are sharded, and the number of this rank's part."""
 
     group: ProcessGroup
     part: int
 
 
 def shards_of(params: Iterable[Tensor]) -> Shards | None:
-    """Return who holds the parts of these parameters; None if they are whole.
+    """Return the ranks that hold the parts of these parameters; None if the parameters are whole.
 
     Raises:
-        ValueError: some are sharded, and others not, or in another way.
+        ValueError: the parameters are not all sharded in the same way, along the first dimension.
     """
     found = {(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in params}
     if not found - {None}:
@@ -38,7 +38,7 @@ def shards_of(params: Iterable[Tensor]) -> Shards | None:
 
 
 def local(tensors: Iterable[Any]) -> list[Any]:
-    """Return of each tensor the part that this rank holds, in the same memory; all else as it is."""
+    """Replace every sharded tensor by this rank's part, in the same memory; all else stays as it is."""
     found = list(tensors)
     if DTensor not in map(type, found):
         return found
@@ -52,7 +52,11 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 def forget_copies(model: nn.Module | None) -> None:
-    """Forget what autocast and FSDP2 have copied from the parameters: somebody has written into them."""
+    """Drop the copies that autocast and FSDP2 keep of parameters that have been written to.
+
+    Without this, the next forward would still use the old values: autocast caches casts of leaves, and FSDP2
+    keeps gathered parameters until it reshards.
+    """
     torch.clear_autocast_cache()
     for module in model.modules() if model is not None else ():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""What one pass changes besides the gradients, at one moment: random number generators and buffers."""
+"""A copy of all that one pass changes besides the gradients: random number generators and buffers."""
 
 import random
 
@@ -10,7 +10,7 @@ from composer_sassha.common.tensors import copy_into, copy_of
 
 
 class Snapshot:
-    """The RNG states and the model's buffers at one moment: what one pass changes and the next must not see.
+    """Copies the RNG states and a model's buffers, so that a second pass can start from the same ones.
 
     Args:
         model: its buffers are kept, BatchNorm's running statistics among them; None keeps the RNG states
@@ -23,7 +23,7 @@ class Snapshot:
         self._numpy = np.random.get_state()  # noqa: NPY002 - data augmentations use the global generator
         self._torch = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
-        # A module may put another tensor in a buffer's place, or write into it: remember tensor and values.
+        # A pass may write into a buffer, or put another tensor in its place: keep the values and the tensor.
         self._buffers = [
             (module, name, buffer)
             for module in (model.modules() if model is not None else ())
@@ -34,7 +34,7 @@ class Snapshot:
         self._values = copy_of(self._writable)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore the RNG states and the buffers to what they were."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._torch)
@@ -46,7 +46,7 @@ class Snapshot:
 
 
 def _is_writable(buffer: Tensor) -> bool:
-    """Neither made in inference mode, nor expanded, nor compressed: nobody can write into those in place."""
+    """Whether the buffer supports in-place writes (not an inference, expanded or compressed tensor)."""
     if buffer.layout == torch.strided and buffer.is_contiguous():
         return not buffer.is_inference()
     if buffer.layout not in (torch.strided, torch.sparse_coo):

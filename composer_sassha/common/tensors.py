@@ -1,4 +1,4 @@
-"""Operations on lists of tensors, in as few kernels as there are."""
+"""Operations on lists of tensors, in few kernels."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def copy_into(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copy each tensor into another, dtype by dtype.
+    """Copy each tensor into its target, dtype by dtype.
 
     One call over targets of several dtypes writes wrong values on CUDA (pytorch/pytorch issue 173383).
     """
@@ -23,7 +23,7 @@ def copy_into(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 
 
 def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Clone every tensor, into another dtype if one is given."""
+    """Return a copy of every tensor, in another dtype if one is given."""
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     copy_into(copies, tensors)
     return copies
@@ -31,7 +31,7 @@ def copy_of(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
 
 @contextlib.contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the values that the tensors have now back when the block ends."""
+    """Restore the tensors' present values when the block ends."""
     values = copy_of(tensors)
     try:
         yield
@@ -40,12 +40,12 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def as_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Convert tensors of one dtype; the list itself if there is nothing to convert."""
+    """Return tensors of one dtype in another; the list itself if they have that dtype already."""
     return tensors if tensors[0].dtype == dtype else copy_of(tensors, dtype)
 
 
 def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """Copy tensors of the shapes of `like` into a flat one, of a dtype to accumulate in; None is zero."""
+    """Copy tensors with the shapes of `like` into one flat tensor of `wide_dtype`; None counts as zero."""
     if not like:
         return torch.empty(0)
     dtype, device = wide_dtype(like), like[0].device
@@ -57,13 +57,13 @@ def flatten(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """View a flat tensor as tensors of the shapes of `like`."""
+    """View a flat tensor as tensors with the shapes of `like`."""
     pieces = flat.split([t.numel() for t in like])
     return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
 
 
 def wide_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype to accumulate in: the widest among the tensors, and at least float32."""
+    """Return the dtype to accumulate in: the widest among the tensors, and at least float32."""
     return functools.reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
 
 
@@ -72,7 +72,7 @@ def global_norm(tensors: Sequence[Tensor], shards: dist.ProcessGroup | None = No
 
     Args:
         tensors: any number.
-        shards: the ranks that hold the other parts of the same tensors; None: there are none.
+        shards: the ranks that hold the other parts of the same tensors; None: the tensors are whole.
 
     Example:
         >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
@@ -88,7 +88,7 @@ def global_norm(tensors: Sequence[Tensor], shards: dist.ProcessGroup | None = No
 
 
 def euclidean_norms(vectors: Sequence[Tensor], shards: dist.ProcessGroup | None = None) -> list[float]:
-    """Return the norm of each vector, of which the ranks of `shards`, if given, hold a part each.
+    """Return the Euclidean norm of each vector; with `shards`, each of those ranks holds a part of it.
 
     Example:
         >>> euclidean_norms([torch.tensor([3.0, 4.0]), torch.tensor([2.0])])

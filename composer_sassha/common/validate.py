@@ -1,4 +1,4 @@
-"""Hyperparameter checks that all say the same thing: the value, what is allowed, and whose argument it is."""
+"""Checks of arguments. Every message names the owner and argument, what was given and what is allowed."""
 
 import math
 from numbers import Integral, Real
@@ -6,13 +6,13 @@ from typing import Any
 
 
 class SettingError(ValueError):
-    """A setting that turns out not to fit once the training has begun; one line that says what to do."""
+    """A setting that proves unusable only once the training has begun; its message is one line."""
 
 
 def number(
     owner: str, name: str, value: Any, low: float, high: float = math.inf, *, below: bool = False
 ) -> float:
-    """Return `value` if it is a finite number in [low, high] ([low, high) with `below`), else raise.
+    """Return `value` if it is a finite number in [low, high], or in [low, high) with `below`; else raise.
 
     Raises:
         TypeError: `value` is not a number.
@@ -34,7 +34,7 @@ def number(
 
 
 def fraction(owner: str, name: str, value: Any) -> float:
-    """Return `value` if it is a number in (0, 1], else raise as `number` does.
+    """Return `value` if it is a number in (0, 1]; else raise as `number` does.
 
     Example:
         >>> fraction("ESAM", "beta", 0)
@@ -52,7 +52,7 @@ def fraction(owner: str, name: str, value: Any) -> float:
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:
-    """Return `value` if it is True or False, else raise TypeError.
+    """Return `value` if it is True or False; else raise TypeError.
 
     Example:
         >>> boolean("SAM", "sync_ascent", "yes")
@@ -66,7 +66,7 @@ def boolean(owner: str, name: str, value: Any) -> bool:
 
 
 def integer(owner: str, name: str, value: Any, low: int) -> int:
-    """Return `value` if it is an integer >= `low`, else raise.
+    """Return `value` if it is an integer >= `low`; else raise.
 
     Raises:
         TypeError: `value` is not an integer.
@@ -88,5 +88,5 @@ def integer(owner: str, name: str, value: Any, low: int) -> int:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value is a number of a kind, NumPy's included, and not True or False."""
+    """Whether a value is a number of a kind, NumPy's included, and no boolean."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Where the gradient is taken, and what is made of it: one file per method. Plain PyTorch."""
+"""Perturbations: where a method takes its gradient and how it forms the update. Plain PyTorch."""
 
 from composer_sassha.perturbations.asam import ASAMPerturbation
 from composer_sassha.perturbations.base import Perturbation, Point

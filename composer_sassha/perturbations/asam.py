@@ -13,12 +13,12 @@ from composer_sassha.perturbations.base import Perturbation, Point, ratio
 class ASAMPerturbation(Perturbation):
     """Displaces by `e = rho * T^2 g / ||T g||`: a neighbourhood that scales with the weights.
 
-    T is diagonal: `|w| + eta` for parameters whose name contains `weight`, as the authors have it, and 1 for
+    T is diagonal: `|w| + eta` for parameters whose name contains `weight`, as in the authors' code, and 1 for
     all others (equation 9 of the paper, p = 2).
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.5.
-        eta: keeps small weights from standing still, >= 0. Default: 0.01.
+        eta: added to `|w|`, so that weights near zero are displaced too, >= 0. Default: 0.01.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -43,7 +43,7 @@ class ASAMPerturbation(Perturbation):
         validate.number("ASAM", "eta", self.eta, low=0)
 
     def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`. The norm that is logged is that of T g.
+        """Move the weights by e; see `Perturbation`. The logged norm is that of T g.
 
         Raises:
             RuntimeError: the parameters have no names.

@@ -1,4 +1,4 @@
-"""What a perturbation is: where the gradient is taken, and what is made of it."""
+"""The base class of perturbations, and the point in weight space that they displace."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,18 +14,18 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class Point:
-    """The weights, what is known about them, and the step at which they stand.
+    """The weights at one step, with what a perturbation may use to displace them.
 
     Args:
         params: the weights to displace.
-        grads: their gradients at w; empty for a perturbation that does without (`ascends` is False).
-        names: their names, as `named_parameters` has them; empty unless the perturbation asks for them.
-        states: what the base optimizer keeps for each, momentum for instance.
+        grads: their gradients at w; empty for a perturbation whose `ascends` is False.
+        names: their names, as `named_parameters` returns them; empty unless the perturbation sets `names`.
+        states: the base optimizer's state of each, with its momentum for instance.
         group: the base optimizer's first parameter group, for the learning rate.
-        step: the number of steps taken; with `rank` it seeds what is drawn at random.
+        step: the number of steps taken; with `rank` it seeds random draws.
         rank: of this process; of sharded weights, the number of its part.
-        shards: the ranks that hold the other parts of sharded weights (`params`, `grads` and `states` are
-            those of this rank's part); None: the weights are whole.
+        shards: the ranks that hold the other parts of sharded weights; `params`, `grads` and `states` are
+            then those of this rank's part. None: the weights are whole.
     """
 
     params: Sequence[Tensor]
@@ -39,71 +39,71 @@ class Point:
 
 
 class Perturbation(ABC):
-    """Displaces the weights before the gradient that updates them is taken, and may work on that gradient.
+    """Displaces the weights before the gradient for their update is taken, and may change that gradient.
 
-    A method whose update is more than the gradient at w + e sets `mixes`, and gets all gradients as flat
-    vectors: one over all parameters, as the papers write them.
+    A method whose update is more than the gradient at w + e sets `mixes`. It then gets each gradient as one
+    flat vector over all parameters, as the papers write them.
     """
 
-    # Whether the displacement needs the gradient at w, and with it a pass.
+    # Whether the displacement needs the gradient at w, hence one more pass.
     ascends: bool = True
-    # Whether `combine` is called. Then the ranks combine their own gradients and average the result.
+    # Whether `combine` is called. Each rank then combines its own gradients, and the result is averaged.
     mixes: bool = False
-    # The name under which the optimizer's state keeps the vector that `combine` returns; "": it returns none.
+    # The name of the state entry for the vector that `combine` returns; "": `combine` returns none.
     remembers: str = ""
     # Whether `displace` needs the parameters' names.
     names: bool = False
 
     def __post_init__(self) -> None:
-        """Called by dataclasses: check the arguments."""
+        """Check the arguments; dataclasses call this."""
         self.validate()
 
     def validate(self) -> None:
-        """Raise TypeError or ValueError, in one line, for an argument that is not allowed."""
+        """Raise TypeError or ValueError, with a message of one line, for an argument that is not allowed."""
         return
 
     @abstractmethod
     def displace(self, point: Point) -> dict[str, float]:
-        """Move `point.params` in place by e, and return what to log about it.
+        """Move `point.params` by e, in place, and return the metrics to log.
 
-        Whoever calls this keeps w and puts it back. A norm that is zero or not finite displaces by nothing,
-        and so does one so small that the parameters' dtype cannot hold rho over it. The gradients may be
-        overwritten.
+        The caller keeps a copy of w and restores it. If the norm is zero or not finite, or so small that rho
+        divided by it does not fit the parameters' dtype, the weights stay where they are. The gradients may
+        be overwritten.
         """
 
     def combine(
         self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the vector to update with, and the one to remember, if any. Called if `mixes` is set.
+        """Return the update, and the vector to keep as a state entry, or None. Called if `mixes` is set.
 
         Args:
-            ascent: the gradient at w; left as it is.
+            ascent: the gradient at w; must not be written to.
             descent: the gradient at w + e; may be overwritten.
             shards: the ranks that hold the other parts of the two, see `Point`.
         """
         raise NotImplementedError
 
     def reuse(self, grad: Tensor, remembered: Tensor, shards: ProcessGroup | None = None) -> Tensor:
-        """Return the vector to update with on a step without an ascent. Called if `remembers` is set.
+        """Return the update of a step without an ascent. Called if `remembers` is set.
 
         Args:
             grad: the gradient at w; may be overwritten.
-            remembered: what `combine` returned last, zero if nothing yet.
+            remembered: the state entry, the vector that `combine` returned last; zero before the first one.
             shards: the ranks that hold the other parts of the two, see `Point`.
         """
         raise NotImplementedError
 
     def metrics(self, loss_gap: Any) -> dict[str, Any]:
-        """Return what to log once the loss at w + e is known, given how much it is above that at w."""
+        """Return the metrics to log after the descent, given the loss at w + e minus the loss at w."""
         return {"loss_gap": loss_gap}
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raise ValueError, in one line, if this perturbation cannot work around `optimizer`."""
+        """Raise ValueError, with a message of one line, if this perturbation cannot work with `optimizer`."""
         return
 
 
 def ratio(rho: float, norm: float, params: Sequence[Tensor]) -> float:
-    """Return rho / norm, or 0 where that cannot scale a displacement of `params`; see `displace`.
+    """Return rho / norm, or 0 if the quotient cannot scale a displacement of `params`; see `displace`.
 
     Example:
         >>> ratio(0.5, 2.0, [torch.zeros(1)]), ratio(0.5, math.nan, [torch.zeros(1)])

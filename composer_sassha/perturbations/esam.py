@@ -15,16 +15,16 @@ from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 @dataclass
 class ESAMPerturbation(Perturbation):
-    """Displaces a random share of the weights (stochastic weight perturbation, section 3.1 of the paper).
+    """Displaces a random fraction of the weights (stochastic weight perturbation, section 3.1 of the paper).
 
     Each entry of `e = rho * g / ||g||` is kept with probability beta and then divided by beta, so that the
-    mean is SAM's e. The paper's other half, which samples take part in the second pass, is `most_sensitive`;
-    in a Composer Trainer the algorithm `ESAM` does both.
+    mean is SAM's e. The other half of the paper, the selection of samples for the second pass, is
+    `most_sensitive`. In a Composer Trainer the algorithm `ESAM` does both.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.05.
-        beta: share of the weights that are displaced, in (0, 1]. Default: 0.6.
-        seed: of the draws; with the step and the rank it determines them. Default: 0.
+        beta: fraction of the weights to displace, in (0, 1]. Default: 0.6.
+        seed: with the step and the rank it determines the draws. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -53,16 +53,17 @@ class ESAMPerturbation(Perturbation):
         if scale := ratio(self.rho / self.beta, norm, point.params):
             grads = list(point.grads)
             if self.beta < 1:
+                # The key has the rank: each one displaces other weights, as each has another gradient.
                 torch._foreach_mul_(grads, bernoulli(grads, self.beta, (self.seed, point.step, point.rank)))
             torch._foreach_add_(list(point.params), grads, alpha=scale)
         return {"rho": self.rho, "grad_norm": norm}
 
 
 def bernoulli(like: Sequence[Tensor], probability: float, key: Sequence[int]) -> list[Tensor]:
-    """Draw 1 with the given probability, else 0, for every entry, all tensors in one draw.
+    """Draw 1 with the given probability, else 0, for every entry; one draw serves all tensors.
 
     Args:
-        like: tensors whose shapes, dtypes and devices the draw takes, at least one.
+        like: at least one tensor; the result has their shapes, dtypes and devices.
         probability: of a 1, in [0, 1].
         key: integers that determine the draw.
     """
@@ -73,11 +74,11 @@ def bernoulli(like: Sequence[Tensor], probability: float, key: Sequence[int]) ->
 
 
 def most_sensitive(rise: Tensor, gamma: float) -> Tensor:
-    """Return the indices, in order, of the share gamma of samples whose loss rises most (section 3.2).
+    """Return the sorted indices of the fraction gamma of samples whose loss rises most (section 3.2).
 
     Args:
-        rise: each sample's loss at w + e, less that at w.
-        gamma: the share, in (0, 1]; rounded up to whole samples.
+        rise: each sample's loss at w + e minus its loss at w.
+        gamma: the fraction, in (0, 1]; rounded up to whole samples.
 
     Example:
         >>> most_sensitive(torch.tensor([2.0, 0.0, -1.0, 1.0]), gamma=0.5)

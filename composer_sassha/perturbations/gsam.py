@@ -16,21 +16,21 @@ from composer_sassha.perturbations.sam import SAMPerturbation
 
 @dataclass
 class GSAMPerturbation(Perturbation):
-    """Displaces as SAM does, and lowers the surrogate gap `h = L(w + e) - L(w)` beside the loss at w + e.
+    """Displaces as SAM does, and lowers the surrogate gap `h = L(w + e) - L(w)` with the loss at w + e.
 
     The update is `g_p - alpha * g_orth` (algorithm 1): g_p is the gradient at w + e, and g_orth the part of
     the gradient at w that is orthogonal to it. The radius falls with the learning rate (section 4.2),
 
         rho_t = rho_min + (rho_max - rho_min) * (lr_t - lr_min) / (lr_max - lr_min)
 
-    where lr_max is what the first parameter group started with (`initial_lr`, which every scheduler sets) and
-    the fraction is kept in [0, 1]. Without a scheduler it is rho_max.
+    where lr_max is the `initial_lr` of the first parameter group, which every scheduler sets, and the
+    quotient is clamped to [0, 1]. Without a scheduler the radius is rho_max.
 
     Args:
         rho_max: radius at the largest learning rate, >= 0. Default: 0.04.
         rho_min: radius at the smallest, in [0, rho_max]. Default: 0.02.
         alpha: weight of the orthogonal part, >= 0; 0 is SAM. Default: 0.01.
-        lr_min: where the learning rate's schedule ends, >= 0 and below its start. Default: 0.
+        lr_min: the learning rate at the end of its schedule, >= 0 and below that at the start. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -61,8 +61,8 @@ class GSAMPerturbation(Perturbation):
         validate.number("GSAM", "rho_min", self.rho_min, low=0)
         if self.rho_min > self.rho_max:
             raise ValueError(
-                f"GSAM: rho_min={self.rho_min!r} is not allowed; it must be <= rho_max={self.rho_max!r}: "
-                "lower the one or raise the other"
+                f"GSAM: rho_min={self.rho_min!r} is not allowed; it must be <= rho_max={self.rho_max!r}; "
+                "lower rho_min or raise rho_max"
             )
         validate.number("GSAM", "alpha", self.alpha, low=0)
         validate.number("GSAM", "lr_min", self.lr_min, low=0)
@@ -76,17 +76,18 @@ class GSAMPerturbation(Perturbation):
         """Return rho_t for a parameter group with its `lr` and, if it has a schedule, `initial_lr`."""
         lr = group.get("lr", 0.0)
         span = group.get("initial_lr", lr) - self.lr_min
-        share = min(max((lr - self.lr_min) / span, 0.0), 1.0) if span > 0 else 1.0
-        return share * self.rho_max + (1 - share) * self.rho_min  # exact at both ends
+        fraction = min(max((lr - self.lr_min) / span, 0.0), 1.0) if span > 0 else 1.0
+        # Written as a weighted mean, which unlike rho_min + fraction * (...) is exact at both ends.
+        return fraction * self.rho_max + (1 - fraction) * self.rho_min
 
     def check(self, optimizer: Optimizer) -> None:
-        """Refuse an lr_min that the learning rate starts from already."""
+        """Refuse an lr_min that is not below the initial learning rate; see `Perturbation`."""
         group = optimizer.param_groups[0]
         largest = group.get("initial_lr", group["lr"])
         if 0 < largest <= self.lr_min:
             raise ValueError(
-                f"GSAM: lr_min={self.lr_min!r} is not allowed; it must be below the learning rate that the "
-                f"optimizer starts from, {largest!r}"
+                f"GSAM: lr_min={self.lr_min!r} is not allowed; it must be below the optimizer's "
+                f"initial learning rate, {largest!r}"
             )
 
     def combine(
@@ -100,6 +101,6 @@ class GSAMPerturbation(Perturbation):
         return descent.mul_(1 + self.alpha * inner / norm).sub_(ascent, alpha=self.alpha), None
 
     def metrics(self, loss_gap: Any) -> dict[str, Any]:
-        """Return the surrogate gap, and with it the estimate 2 h / rho^2 of the largest eigenvalue."""
+        """Return the surrogate gap h and the estimate 2 h / rho^2 of the largest eigenvalue."""
         eigenvalue = {"dominant_eigenvalue": 2 * loss_gap / self.rho**2} if self.rho else {}
         return {"loss_gap": loss_gap, **eigenvalue}

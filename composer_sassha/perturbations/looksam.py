@@ -15,15 +15,15 @@ from composer_sassha.perturbations.sam import SAMPerturbation
 
 @dataclass
 class LookSAMPerturbation(Perturbation):
-    """SAM on some steps, whose direction towards flatness is used again on the steps in between.
+    """Perturbs as SAM does on some steps, and reuses their direction towards flatness on the others.
 
     On a perturbed step the update is g_s, the gradient at w + e, and its part orthogonal to the gradient g at
     w is kept: `g_v = g_s - (<g, g_s> / ||g||^2) g`. On the others it is `g + alpha * ||g|| * g_v / ||g_v||`
-    (algorithm 1). How many there are in between is the wrapper's `interval`.
+    (algorithm 1). The wrapper's `interval` sets the number of steps in between.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.1.
-        alpha: how much of the kept direction is used, >= 0. Default: 0.7.
+        alpha: weight of the kept direction, >= 0. Default: 0.7.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -57,11 +57,11 @@ class LookSAMPerturbation(Perturbation):
         """Return g_s and g_v; see `Perturbation`."""
         inner, norm = inner_products([(ascent, descent), (ascent, ascent)], shards)
         if not (math.isfinite(inner) and 0 < norm < math.inf):
-            return descent, torch.zeros_like(descent)  # there is no direction to be orthogonal to
+            return descent, torch.zeros_like(descent)  # a zero ascent gradient has no direction
         return descent, descent.sub(ascent, alpha=inner / norm)
 
     def reuse(self, grad: Tensor, remembered: Tensor, shards: ProcessGroup | None = None) -> Tensor:
-        """Return g with g_v added at alpha times g's norm; see `Perturbation`."""
+        """Return `g + alpha * ||g|| * g_v / ||g_v||`; see `Perturbation`."""
         norm, kept = euclidean_norms([grad, remembered], shards)
         if not (math.isfinite(norm) and 0 < kept < math.inf):
             return grad

@@ -15,10 +15,10 @@ from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 @dataclass
 class MSAMPerturbation(Perturbation):
-    """Displaces by `e = -rho * m / ||m||` along the base optimizer's momentum, which costs no second pass.
+    """Displaces by `e = -rho * m / ||m||` along the base optimizer's momentum m, without a second pass.
 
-    m is the average that the optimizer keeps (`momentum_buffer` of SGD, `exp_avg` of the Adam family and of
-    SASSHA), one norm over all parameters. On the first step there is none, and no displacement.
+    m is `momentum_buffer` of SGD, and `exp_avg` of the Adam family and of SASSHA. The norm is over all
+    parameters. On the first step there is no momentum yet, hence no displacement.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 3.
@@ -57,11 +57,11 @@ class MSAMPerturbation(Perturbation):
         return {"rho": self.rho, "momentum_norm": norm}
 
     def check(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer without momentum, by name."""
+        """Refuse an optimizer without momentum; see `Perturbation`."""
         if not all(group.get("momentum") or "betas" in group for group in optimizer.param_groups):
             raise ValueError(
                 f"MSAM: {type(optimizer).__name__} keeps no momentum to perturb along; "
-                "take SGD(momentum=0.9), AdamW or SASSHA, or another perturbation"
+                "use SGD(momentum=0.9), AdamW or SASSHA, or another perturbation"
             )
 
 
@@ -69,7 +69,7 @@ def _momentum(state: Mapping[str, Any]) -> Tensor | None:
     if state and "exp_avg" not in state and "momentum_buffer" not in state:
         raise RuntimeError(
             f"MSAM: the optimizer keeps no exp_avg or momentum_buffer, but {', '.join(map(str, state))}; "
-            "take another optimizer or another perturbation"
+            "use another optimizer or another perturbation"
         )
     momentum: Tensor | None = state.get("exp_avg", state.get("momentum_buffer"))
     return momentum

@@ -12,7 +12,7 @@ from composer_sassha.perturbations.base import Perturbation, Point, ratio
 
 @dataclass
 class SAMPerturbation(Perturbation):
-    """Displaces by the e of a p-norm ball of radius rho that raises the loss most, to first order.
+    """Displaces by the e in a p-norm ball of radius rho that, to first order, raises the loss most.
 
     With p = 2, `e = rho * g / ||g||` with one norm over all parameters (equation 2 of the paper); with
     p = inf, `e = rho * sign(g)` (appendix C.5).
@@ -33,7 +33,7 @@ class SAMPerturbation(Perturbation):
     """
 
     rho: float = 0.05
-    p: float = field(default=2, metadata={"fixed": True})  # not for a schedule
+    p: float = field(default=2, metadata={"fixed": True})  # not schedulable
 
     def validate(self) -> None:
         """Check the arguments; see `Perturbation`."""

@@ -14,7 +14,7 @@ from composer_sassha.perturbations.sam import SAMPerturbation
 
 @dataclass
 class SSAMPerturbation(Perturbation):
-    """Displaces as SAM does, and gives the gradient at w + e the norm of the one at w.
+    """Displaces as SAM does, and rescales the gradient at w + e to the norm of the gradient at w.
 
     The update is `(||g|| / ||g_p||) * g_p`, with g_p the gradient at w + e.
 
@@ -50,6 +50,6 @@ class SSAMPerturbation(Perturbation):
 
 
 def renormalized(vector: Tensor, like: Tensor, shards: ProcessGroup | None = None) -> Tensor:
-    """Give `vector`, in place, the Euclidean norm of another; left as it is where that cannot be."""
+    """Rescale `vector`, in place, to the norm of `like`; leave it where that is impossible."""
     target, norm = euclidean_norms([like, vector], shards)
     return vector.mul_(target / norm) if math.isfinite(target) and 0 < norm < math.inf else vector

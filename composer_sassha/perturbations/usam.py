@@ -19,8 +19,8 @@ class USAMPerturbation(Perturbation):
 
     Args:
         rho: step along the gradient, >= 0. Default: 0.05.
-        renormalize: give the gradient at w + e the norm of the one at w, as stable SAM does (Tan et al.
-            2025). Default: False.
+        renormalize: rescale the gradient at w + e to the norm of the gradient at w, as stable SAM does
+            (Tan et al. 2025). Default: False.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.

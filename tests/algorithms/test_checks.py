@@ -56,7 +56,7 @@ def wrapped(params):
         (adahessian, lambda: [MSAM()], r"AdaHessian lacks a Hessian; add LazyHessian\(\)"),
         (sgd, lambda: [MSAM(), GSAM()], r"perturbed twice \(MSAM\(rho=3.0, interval=1\) and GSAM\(rho_max"),
         (sassha, lambda: [MSassha(), LookSAM()], "perturbed twice"),
-        (plain_sgd, lambda: [MSAM()], "MSAM: SGD keeps no momentum to perturb along; take SGD"),
+        (plain_sgd, lambda: [MSAM()], "MSAM: SGD keeps no momentum to perturb along; use SGD"),
         (adagrad, lambda: [MSAM()], "MSAM: Adagrad keeps no momentum"),
         (sgd, lambda: [MSassha()], "LazyHessian needs an optimizer that takes curvature.*SGD does not"),
         (sgd, lambda: [ESAM(), MixUp()], "ESAM: MixUp mixes samples, .*leave it out, or set gamma=1"),
