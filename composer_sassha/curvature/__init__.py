@@ -1,4 +1,4 @@
-"""Probes and estimators of the Hessian's diagonal, and the lazy refresh. Plain PyTorch."""
+"""Estimators of the Hessian's diagonal, their random probes, and the lazy refresh. Plain PyTorch."""
 
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.estimators import ESTIMATORS, Evaluation

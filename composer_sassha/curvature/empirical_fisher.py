@@ -1,4 +1,4 @@
-"""Squared gradients at the true labels: the cheapest of the estimators, and not one of the Hessian."""
+"""Squared gradients at the true labels: the cheapest estimator, though not one of the Hessian."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from composer_sassha.common.tensors import wide_dtype
 def empirical_fisher_diagonal(grads: Sequence[Tensor], count: int | Tensor) -> list[Tensor]:
     """Return `B * g * g`, g the mean gradient of B predictions at their true labels.
 
-    This is not an estimate of the Hessian, nor of the Fisher information, which takes labels drawn from the
-    model: it says how large gradients are (Kunstner, Hennig, Balles 2019, arXiv 1905.12558). With independent
-    predictions its mean is the mean of `g_i * g_i` over single predictions, which is the empirical Fisher's
-    diagonal, plus (B - 1) times the square of the mean gradient. The second part goes to zero at a minimum,
-    and outweighs the first one far from it. It is gathered in at least float32.
+    This estimates neither the Hessian nor the Fisher information, whose labels are drawn from the model. It
+    measures the size of the gradients (Kunstner, Hennig, Balles 2019, arXiv 1905.12558). With independent
+    predictions its mean is the empirical Fisher's diagonal, the mean of `g_i * g_i` over single predictions,
+    plus (B - 1) times the square of the mean gradient. The second part vanishes at a minimum, and outweighs
+    the first one far from it. The result is computed in at least float32.
 
     Args:
         grads: the mean loss's gradients.

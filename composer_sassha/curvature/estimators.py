@@ -1,4 +1,4 @@
-"""The estimators by name, and what each is given. To add one: write a function, and add a line below."""
+"""The estimators by name, and their input. To add one, write a function and add a line to ESTIMATORS."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from composer_sassha.curvature.hutchinson import hutchinson_diagonal
 
 
 class Evaluation(NamedTuple):
-    """One forward over samples: the loss, and where there are some the logits and labels behind it.
+    """The loss of one forward, with the logits and labels behind it if the model has them.
 
     Logits are [N, classes, ...] and labels [N, ...], as `torch.nn.functional.cross_entropy` takes them.
     """
@@ -28,14 +28,28 @@ class Evaluation(NamedTuple):
     labels: Tensor | None = None
 
 
-# Given a number of samples, a context in which the loss of the microbatch's first so many has been computed
-# once more, on the same random numbers and buffers, and which leaves no trace of that.
+# Takes a number n, and returns a context in which the loss of the microbatch's first n samples has been
+# computed again, with the same random numbers and buffers. On exit no trace of that is left.
 Again = Callable[[int], AbstractContextManager[Evaluation | Tensor]]
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What an estimator may use of one microbatch."""
+    """The input of an estimator: one microbatch.
+
+    Args:
+        evaluation: its loss, logits and labels.
+        grads: the loss's gradients; with their graph if the estimator differentiates twice.
+        params: the parameters, one for each gradient.
+        keys: one key per draw, see `rademacher`.
+        size: the number of samples, if known.
+        again: see `Again`; None: the loss cannot be computed again.
+        scale: the factor of the loss behind `grads` that float16 compute needs, if they are to be
+            differentiated.
+        gradients: how to differentiate sharded parameters. Default: by autograd.
+        spread: of sharded parameters, the predictions on all ranks for each one here.
+        on_write: see `finite_difference_diagonal`.
+    """
 
     evaluation: Evaluation
     grads: Sequence[Tensor]
@@ -43,11 +57,10 @@ class Microbatch:
     keys: Sequence[Sequence[int]]
     size: int | None
     again: Again | None
-    scale: float = 1.0  # for float16: of the loss behind `grads` if they are to be differentiated
-    # Of sharded parameters: how to differentiate, and how many predictions there are for each one here.
+    scale: float = 1.0
     gradients: Gradients | None = None
     spread: float = 1.0
-    on_write: Callable[[], None] = torch.clear_autocast_cache  # see `finite_difference_diagonal`
+    on_write: Callable[[], None] = torch.clear_autocast_cache
 
 
 def _hutchinson(batch: Microbatch) -> list[Tensor]:
@@ -74,8 +87,8 @@ def _empirical_fisher(batch: Microbatch) -> list[Tensor]:
         return empirical_fisher_diagonal(batch.grads, predictions(labels).sum())
     if batch.size is None:
         raise ValueError(
-            "LazyHessian: estimator='empirical_fisher' does not know of how many predictions the loss is the "
-            "mean; pass size= (the number of samples) or labels= to backward"
+            "LazyHessian: estimator='empirical_fisher' needs the number of predictions behind the loss; pass "
+            "size= (the number of samples) or labels= to backward"
         )
     return empirical_fisher_diagonal(batch.grads, batch.size)
 
@@ -85,7 +98,7 @@ def _finite_difference(batch: Microbatch) -> list[Tensor]:
     if again is None or size is None:
         raise ValueError(
             "LazyHessian: estimator='finite_difference' computes every loss a second time; pass size= (the "
-            "number of samples) and again= to backward, see LazyCurvature.attach"
+            "number of samples) and again= to backward; see LazyCurvature.attach"
         )
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Hutchinson's estimator with the Hessian's product taken as a difference of two gradients."""
+"""Hutchinson's estimator with the Hessian-vector product as a difference of two gradients."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +12,7 @@ from composer_sassha.curvature.gradients import Gradients, by_autograd
 from composer_sassha.curvature.graph import nodes
 from composer_sassha.curvature.probes import rademacher
 
-# What a kink is called in the autograd graph. At one, the gradient jumps and the difference sees the jump.
+# How the names of autograd nodes with a kink begin. There the gradient jumps, which spoils the difference.
 KINKS = (
     *("Abs", "Clamp", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Max", "Min"),
     *("AdaptiveMaxPool", "Amax", "Amin", "FractionalMaxPool", "MkldnnMaxPool", "PreluKernel", "Relu"),
@@ -31,22 +31,22 @@ def finite_difference_diagonal(
     """Estimate diag H as the mean over probes of `z * (g(w + h z) - g(w)) / h`, z Rademacher.
 
     For smooth networks only: a kink such as ReLU's makes the difference wrong by more than its value, at any
-    h. It builds no second-order graph; each probe costs one more forward and backward. The parameters are
-    displaced in place, and copied back whatever happens.
+    h. No second-order graph is built; each probe costs one more forward and backward. The parameters are
+    displaced in place and restored by copy, also after an exception.
 
-    h is `sqrt(eps) / 10` of the parameters' dtype, 3.5e-5 in float32. The difference is off by about `h / 2`
-    times the third derivative, applied to z twice, which grows with the number of parameters; and by
-    rounding, `2 eps / h` times the gradient, which stays small beside `H z`.
+    h is `sqrt(eps) / 10` of the parameters' dtype, 3.5e-5 in float32. The truncation error is about `h / 2`
+    times the third derivative applied to z twice, and grows with the number of parameters. The rounding error
+    is `2 eps / h` times the gradient, and stays small compared with `H z`.
 
     Args:
         grads: the loss's gradients at w.
         params: the parameters, one for each gradient, float32 or float64.
         keys: one key per probe, see `rademacher`.
-        again: returns a context in which the same loss has been computed once more, at the parameters' values
-            of that moment, and can be differentiated.
+        again: returns a context in which the same loss has been computed again, at the parameters' present
+            values, and can be differentiated.
         gradients: how to differentiate. Default: `by_autograd(params)`.
-        on_write: called whenever the parameters have been written to, to forget copies of them. Default:
-            autocast's.
+        on_write: called after every write to the parameters; drops cached copies of them. Default: clears
+            autocast's cache.
 
     Raises:
         ValueError: a parameter is of lower precision than float32.
@@ -66,8 +66,8 @@ def finite_difference_diagonal(
             "LazyHessian: estimator='finite_difference' needs parameters in float32 or float64: gradients of "
             "lower precision drown in the difference; use another estimator"
         )
-    # On convolutional networks and small GPT-2s of 1e3 to 4e5 parameters in float32, the estimate was off by
-    # 0.2 to 0.5 % at this step, by 3 to 13 % at 1e-3; at 1e-5 rounding had begun to tell.
+    # Measured on convolutional networks and small GPT-2s of 1e3 to 4e5 parameters in float32: the estimate
+    # was off by 0.2 to 0.5 % at this step, and by 3 to 13 % at 1e-3; at 1e-5 rounding began to show.
     step = eps**0.5 / 10
     gradients = by_autograd(params) if gradients is None else gradients
     total = [torch.zeros_like(p) for p in params]
@@ -77,7 +77,7 @@ def finite_difference_diagonal(
             with restored(params):
                 with torch.no_grad():
                     torch._foreach_add_(list(params), probe, alpha=step)
-                on_write()
+                on_write()  # else autocast would serve casts of w to the forward at w + h z
                 with again() as loss:
                     displaced = gradients(loss, False)
         finally:
@@ -88,7 +88,7 @@ def finite_difference_diagonal(
 
 
 def refuse_half_precision(loss: Tensor) -> None:
-    """Raise SettingError if a part of the loss's autograd graph computes in half precision."""
+    """Raise SettingError if any node of the loss's autograd graph computes in half precision."""
     dtypes = {made.dtype for node in nodes(loss) for made in node._input_metadata}
     for dtype in dtypes & {torch.float16, torch.bfloat16}:
         raise SettingError(
@@ -99,9 +99,9 @@ def refuse_half_precision(loss: Tensor) -> None:
 
 
 def kinks(loss: Tensor) -> list[str]:
-    """Name the operations in a loss's autograd graph that have kinks.
+    """Return the names of the operations with kinks in a loss's autograd graph.
 
-    Those inside compiled code or reentrant checkpoints are not in the graph, and not found.
+    Operations inside compiled code or reentrant checkpoints are not in the graph, hence not found.
 
     Example:
         >>> kinks(torch.ones(2, requires_grad=True).tanh().relu().sum())

@@ -1,4 +1,4 @@
-"""What a second derivative in float16 compute needs beside a scale."""
+"""Normalization in float32, for second derivatives of a model that computes in float16."""
 
 import functools
 from collections.abc import Callable
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where torch.nn's normalisations over samples or pixels end up. On a GPU, autocast has the others in float32.
+# The functions behind torch.nn's normalizations over samples or pixels. On a GPU, autocast already runs all
+# other normalizations in float32.
 _NORMS = ("batch_norm", "instance_norm")
 
 
 class NormsInFloat32:
-    """Within this context, batch and instance normalisation of float16 inputs compute in float32.
+    """Makes batch and instance normalization of float16 inputs compute in float32, within its context.
 
-    Their second derivative sums squares of activations over pixels, in the dtype of the input: more than
-    float16 can hold, at any scale of the loss.
+    Their second derivative sums squares of activations over pixels in the dtype of the input. The sum
+    overflows float16 at any scale of the loss.
 
     Example:
         >>> x = torch.full((2, 1), 3.0, dtype=torch.float16)
@@ -24,8 +25,8 @@ class NormsInFloat32:
         torch.float16
     """
 
-    # The functions themselves are replaced: what an activation checkpoint computes again, within autograd, a
-    # TorchFunctionMode does not see.
+    # The functions themselves are replaced, since a TorchFunctionMode does not see what an activation
+    # checkpoint recomputes within autograd.
 
     def __enter__(self) -> None:
         self._replaced = {name: getattr(torch, name) for name in _NORMS}

@@ -1,4 +1,4 @@
-"""The Gauss-Newton-Bartlett estimator: squared gradients at labels that the model itself draws."""
+"""The Gauss-Newton-Bartlett estimator: squared gradients at labels drawn from the model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from composer_sassha.common.rng import generator
 from composer_sassha.common.tensors import wide_dtype
 from composer_sassha.curvature.gradients import Gradients, by_autograd
 
-# The label that says "no prediction here", as F.cross_entropy and Hugging Face's models have it.
+# The label of a position without a prediction, in F.cross_entropy and Hugging Face's models alike.
 IGNORED = -100
 
 
@@ -26,18 +26,20 @@ def gauss_newton_diagonal(
     """Estimate the Gauss-Newton matrix's diagonal as the mean over draws of `B * g * g` (Liu et al. 2024).
 
     g is the gradient of the mean cross-entropy over B predictions, at labels drawn from the softmax of their
-    logits. Such gradients are zero on average and independent of each other, so that the mean of `B * g * g`
-    is the diagonal of `J^T (diag(p) - p p^T) J`, averaged over the predictions: the Hessian without the
-    network's own second derivatives (Bartlett's identity). It is never negative. The true labels only tell
-    which predictions count. It takes first derivatives only, and is gathered in at least float32.
+    logits. Such gradients are independent, with mean zero. The mean of `B * g * g` is therefore the diagonal
+    of `J^T (diag(p) - p p^T) J`, averaged over the predictions: the Hessian without the network's own second
+    derivatives (Bartlett's identity). It is never negative. The true labels decide only which predictions
+    count. The estimate takes first derivatives only, and is accumulated in at least float32.
 
     Args:
-        logits: [N, classes, ...], with their graph, which is freed.
-        labels: class numbers [N, ...], -100 where nothing is predicted; or probabilities [N, classes, ...].
-        params: the parameters whose diagonal is wanted.
+        logits: [N, classes, ...], with their graph, which is freed at the end.
+        labels: class numbers [N, ...], -100 for positions that do not count; or probabilities
+            [N, classes, ...].
+        params: the parameters; the result has an entry for each.
         keys: one key per draw, see `rademacher`.
-        scale: keeps the gradients of float16 compute from underflow; divided out before they are squared.
-        spread: B is `spread` times the predictions here; for `gradients` that average over ranks.
+        scale: multiplies the loss, so that gradients in float16 do not underflow; divided out before
+            squaring.
+        spread: B is `spread` times the number of predictions here; for `gradients` that average over ranks.
         gradients: how to differentiate. Default: `by_autograd(params)`.
 
     Raises:
@@ -60,7 +62,7 @@ def gauss_newton_diagonal(
     root = (spread * counted.sum().to(logits.dtype)).sqrt()  # under the square it is B
     total = [torch.zeros_like(p, dtype=wide_dtype([p])) for p in params]
     for draw, key in enumerate(keys, start=1):
-        drawn = _draw(probabilities, key).masked_fill_(~counted, IGNORED)
+        drawn = draw_labels(probabilities, key).masked_fill_(~counted, IGNORED)
         loss = F.cross_entropy(logits, drawn, ignore_index=IGNORED) * (scale * root)
         grads = gradients(loss, draw < len(keys))
         wide = [grad.to(t.dtype) for grad, t in zip(grads, total, strict=True)]
@@ -72,7 +74,7 @@ def gauss_newton_diagonal(
 
 
 def predictions(labels: Tensor) -> Tensor:
-    """Tell which predictions count: all but those whose label is -100; labels that are probabilities all do.
+    """Return a mask of the predictions that count: labels other than -100, and all probabilities.
 
     Example:
         >>> predictions(torch.tensor([2, -100, 0]))
@@ -83,8 +85,10 @@ def predictions(labels: Tensor) -> Tensor:
     return labels != IGNORED
 
 
-def _draw(probabilities: Tensor, key: Sequence[int]) -> Tensor:
-    # The largest of p / e, e exponential, is class c with probability p_c. torch.multinomial does the same,
-    # but waits for the device and raises on NaN: a loss that overflowed is to give an estimate that did.
+def draw_labels(probabilities: Tensor, key: Sequence[int]) -> Tensor:
+    """Draw one class for every position from probabilities [N, classes, ...]; the key determines the draw."""
+    # The largest of p / e, e exponential, is class c with probability p_c. torch.multinomial draws likewise,
+    # but waits for the device and raises on NaN. Here a loss that overflowed must give an estimate that is
+    # not finite, which the refresh notices and retries.
     noise = torch.empty_like(probabilities).exponential_(generator=generator(key, probabilities.device))
     return (probabilities / noise).argmax(dim=1)

@@ -1,4 +1,4 @@
-"""The gradients of a loss: of whole parameters by autograd, of sharded ones by an ordinary backward."""
+"""The gradients of a loss: by autograd for whole parameters, by an ordinary backward for sharded ones."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from composer_sassha.common.sharding import local
 
-# Given a loss, and whether its graph is to be kept, the gradient of every parameter: zero if it is not used.
+# Takes a loss and whether to keep its graph, and returns the gradient of every parameter, zero if unused.
 Gradients = Callable[[Tensor, bool], Sequence[Tensor]]
 
 
 def by_autograd(params: Sequence[Tensor]) -> Gradients:
-    """Differentiate with respect to these parameters, and leave their `grad` alone.
+    """Return a function that differentiates with respect to these parameters and leaves their `grad` alone.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -29,7 +29,10 @@ def by_autograd(params: Sequence[Tensor]) -> Gradients:
 
 @contextlib.contextmanager
 def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the tensors' own hooks from running, where a gradient is computed that is not to be delivered."""
+    """Disable the parameters' own hooks while gradients are computed that no `grad` receives.
+
+    torch.autograd.grad would run them, and the backward that follows would run them again.
+    """
     hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
     try:
         for p, _ in hooks:
@@ -41,17 +44,19 @@ def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
 
 
 class ByBackward:
-    """Differentiates as FSDP2 can: by a backward that averages over the ranks and leaves each its part.
+    """Differentiates by a backward, in which FSDP2 averages over the ranks and leaves each rank its part.
+
+    FSDP2 reduces gradients in hooks of the backward, which torch.autograd.grad does not run.
 
     Args:
-        params: sharded parameters. Their `grad` is put back.
-        others: those of the same loss that are not asked for. Their `grad` is put back too.
-        weight: what this rank's loss counts for in the average.
+        params: sharded parameters. Their `grad` is restored afterwards.
+        others: all other parameters of the loss. Their `grad` is restored too.
+        weight: the weight of this rank's loss in the average.
     """
 
     def __init__(self, params: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
         self.params, self.everyone, self.weight = params, [*params, *others], weight
-        self.used: set[int] = set()  # which parameters have had a gradient
+        self.used: set[int] = set()  # indices of the parameters that have had a gradient
 
     def __call__(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
         """Return the gradient of every parameter's part here, averaged over the ranks; zero if unused."""

@@ -1,4 +1,4 @@
-"""Autograd graphs."""
+"""Walks over autograd graphs."""
 
 from torch import Tensor
 from torch.autograd.graph import Node

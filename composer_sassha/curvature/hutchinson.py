@@ -12,7 +12,7 @@ from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.graph import nodes
 from composer_sassha.curvature.probes import rademacher
 
-# What PyTorch, torchvision, custom operators and compiled code say where a gradient has no derivative.
+# The messages of PyTorch, torchvision, custom operators and compiled code where a gradient has no derivative.
 NO_DERIVATIVE = re.compile(
     r"derivative for '?(?:aten::)?(\w+)[^']*'? is not implemented"
     r"|double backwards? on (\w+) not supported"
@@ -22,15 +22,15 @@ NO_DERIVATIVE = re.compile(
 
 
 def differentiable_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return the loss's gradients with their graph, ready to be differentiated; None where it uses none.
+    """Return the loss's gradients with their graph; None for parameters that the loss does not use.
 
-    Functions written in Python can cut that graph without a word, by a backward that computes outside of
-    autograd or is marked `once_differentiable`: their part of the Hessian would be missing. One whose forward
-    computes the gradient, and whose backward multiplies it by the one it is given, is not noticed. PyTorch's
-    second derivative of `weight_norm` is wrong (2.6 to 2.11), so that it counts as missing.
+    A function written in Python can cut that graph silently: its backward computes outside of autograd, or is
+    marked `once_differentiable`. Its part of the Hessian would be missing. A function whose forward computes
+    the gradient already, so that its backward only multiplies, is not detected. PyTorch's second derivative
+    of `weight_norm` is wrong (2.6 to 2.11), and counts as missing.
 
     Raises:
-        SettingError: a function on the way cuts the graph.
+        SettingError: a function cuts the graph.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -43,8 +43,8 @@ def differentiable_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Te
         raise _no_second_derivative("weight_norm")
     written_in_python = [node for node in graph if isinstance(node, BackwardCFunction)]
     handles = [node.register_hook(_watch(node.name(), broken)) for node in written_in_python]
-    # A factor of 1 that autograd takes to be a variable: every gradient is linear in it, hence must depend on
-    # it, and where one does not, the function before has cut the graph.
+    # A factor of 1 that requires a gradient: every gradient is linear in it, hence must depend on it. Where a
+    # gradient does not, the function that returned it has cut the graph.
     factor = torch.ones_like(loss, requires_grad=True)
     try:
         grads = torch.autograd.grad(loss, params, factor, create_graph=True, allow_unused=True)
@@ -62,7 +62,7 @@ def hutchinson_diagonal(
     """Estimate diag H as the mean over probes of `z * (H z)`, z Rademacher (Bekas et al. 2007).
 
     The estimate is unbiased, and exact where H is diagonal. With n probes its variance in entry i is the sum
-    of `H_ij^2` over j != i, divided by n. It is gathered in at least float32.
+    of `H_ij^2` over j != i, divided by n. It is accumulated in at least float32.
 
     Args:
         grads: the loss's gradients, made with `create_graph=True`; their graph is freed.
@@ -95,13 +95,13 @@ def hessian_product(
     vectors: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Sequence[Tensor]:
-    """Return H v, the derivative of `g . v`: zero for a parameter that it does not depend on.
+    """Return H v, the derivative of `g . v`; zero for parameters that `g . v` does not depend on.
 
     Args:
         grads: the loss's gradients, made with `create_graph=True`; None where the loss uses none.
         params: the parameters, one for each gradient.
         vectors: v, in the shapes of the parameters.
-        retain_graph: keep the gradients' graph.
+        retain_graph: keep the gradients' graph for another product.
 
     Raises:
         SettingError: an operation has no second derivative.
@@ -136,27 +136,28 @@ def hessian_product(
 
 
 def _watch(name: str, broken: list[str]) -> Callable[..., None]:
-    """Return a hook that takes down the name of a function whose backward cuts the graph."""
+    """Return a hook that appends `name` to `broken` if the backward of its function cuts the graph."""
 
     def hook(made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
         if not any(grad is not None and grad.requires_grad for grad in given):
-            return  # not the first pass backward, or cut before
+            return  # a later backward without a graph, or cut before this function
         grads = [grad for grad in made if grad is not None]
-        # What `once_differentiable` returns pretends to depend on something, and fails when asked on what.
+        # The results of `once_differentiable` require a gradient, but their node is an "Error", which raises
+        # when it is differentiated.
         marked = [
             grad
             for grad in grads
             if grad.grad_fn is not None and grad.grad_fn.name().rpartition("::")[2] == "Error"
         ]
         constant = [grad for grad in grads if not grad.requires_grad]
-        if any(grad.any() for grad in marked + constant):  # zeros are right
+        if any(grad.any() for grad in marked + constant):  # a gradient of zero is right as a constant
             broken.append(name)
 
     return hook
 
 
 class NoSecondDerivative(SettingError):
-    """An operation of the model cannot be differentiated twice; `operation` is its name."""
+    """An operation of the model that cannot be differentiated twice; `operation` is its name."""
 
     operation = ""
 

@@ -10,12 +10,12 @@ from composer_sassha.common.tensors import unflatten
 
 
 def rademacher(like: Sequence[Tensor], key: Sequence[int]) -> list[Tensor]:
-    """Draw +1 or -1 with equal probability for every entry, all tensors in one draw.
+    """Draw +1 or -1 with equal probability for every entry; one draw serves all tensors.
 
     Args:
-        like: tensors whose shapes, dtypes and devices the probe takes, at least one.
-        key: integers that determine the draw, for instance (seed, step, rank, microbatch, sample): no
-            generator has to be saved to draw the same again. CPU and GPU draw different numbers from one key.
+        like: at least one tensor; the probe has their shapes, dtypes and devices.
+        key: integers that determine the draw, for instance (seed, step, rank, microbatch, sample), so that no
+            generator has to be saved. CPU and GPU draw different numbers from one key.
 
     Example:
         >>> rademacher([torch.zeros(4), torch.zeros(1, 2)], key=(0, 7))

@@ -24,7 +24,7 @@ def test_its_mean_over_all_labels_is_the_gauss_newton_diagonal(ignored, monkeypa
     p = problem.logits().detach().softmax(dim=1)
     mean = torch.zeros_like(flat(problem.params))
     for drawn in itertools.product(range(2), repeat=3):
-        monkeypatch.setattr(gauss_newton, "_draw", lambda *_, drawn=drawn: torch.tensor(drawn))
+        monkeypatch.setattr(gauss_newton, "draw_labels", lambda *_, drawn=drawn: torch.tensor(drawn))
         probability = math.prod(p[i, c].item() for i, c in enumerate(drawn))
         mean += probability * estimate(problem, [(0,)], labels)
     torch.testing.assert_close(mean, problem.gauss_newton(counted).diagonal(), rtol=1e-12, atol=1e-14)
@@ -34,7 +34,7 @@ def test_labels_are_drawn_with_the_models_probabilities():
     logits = torch.tensor([[0.0, 1.0, -2.0, 3.0], [0.5, 0.5, 0.5, -9.0]], dtype=torch.float64)
     p = logits.softmax(dim=1)
     draws = 4000
-    drawn = torch.stack([gauss_newton._draw(p, (3, k)) for k in range(draws)])
+    drawn = torch.stack([gauss_newton.draw_labels(p, (3, k)) for k in range(draws)])
     frequency = torch.stack([(drawn == c).double().mean(dim=0) for c in range(4)], dim=1)
     # Bernstein's inequality for the mean of variables in [0, 1], and a union bound over the eight entries:
     # fails by chance with probability at most 1e-9.
@@ -69,14 +69,14 @@ def test_predictions_in_further_dimensions_and_probabilities_as_labels():
         return problem.logits().view(4, 2, 3).movedim(-1, 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gauss_newton, "_draw", lambda *_: monkey.clone())
+        patch.setattr(gauss_newton, "draw_labels", lambda *_: monkey.clone())
         expected = estimate(problem, [(0,)])
         soft = torch.full((8, 3), 1 / 3, dtype=torch.float64)
         assert torch.equal(estimate(problem, [(0,)], soft), expected)
-        patch.setattr(gauss_newton, "_draw", lambda *_: monkey.view(4, 2).clone())
+        patch.setattr(gauss_newton, "draw_labels", lambda *_: monkey.view(4, 2).clone())
         spread = gauss_newton_diagonal(arranged(), problem.y.view(4, 2), problem.params, [(0,)])
         torch.testing.assert_close(flat(spread), expected, rtol=1e-12, atol=1e-15)
-    drawn = gauss_newton._draw(arranged().detach().softmax(dim=1), (0,))
+    drawn = gauss_newton.draw_labels(arranged().detach().softmax(dim=1), (0,))
     assert drawn.shape == (4, 2)
 
 

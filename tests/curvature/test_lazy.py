@@ -286,7 +286,7 @@ def test_microbatches_beyond_the_share_are_not_differentiated_twice(monkeypatch)
     ("settings", "given", "message"),
     [
         ({"estimator": "gauss_newton"}, {}, "finds no class logits.*use estimator='hutchinson'"),
-        ({"estimator": "empirical_fisher"}, {}, "does not know of how many predictions.*pass size="),
+        ({"estimator": "empirical_fisher"}, {}, "needs the number of predictions.*pass size="),
         ({"estimator": "finite_difference"}, {"size": 2}, "computes every loss a second time; pass size="),
         ({"batch_fraction": 0.5}, {"size": 2}, "batch_fraction=0.5 may end inside a microbatch; pass size="),
         ({"batch_fraction": 0.5}, {"size": 2, "batch_size": 2}, "may end inside a microbatch.*again="),

@@ -34,7 +34,7 @@ from composer_sassha import (
 )
 from composer_sassha.common.sharding import local
 from composer_sassha.curvature import LazyCurvature, rademacher
-from composer_sassha.curvature.gauss_newton import _draw
+from composer_sassha.curvature.gauss_newton import draw_labels
 from composer_sassha.perturbations import SAMPerturbation
 from tests.distributed.launch import run_checks
 from tests.helpers import Injected, Spy, assert_same, copied, images, trainer
@@ -200,7 +200,7 @@ def curvature_agrees(estimator: str, rho: float) -> None:
                 estimates.append({n: z[n] * (there[n] - g[n]) / h for n in params})
             else:
                 drawn = [
-                    _draw(logits(params, x).softmax(1), (0, step, rank, number, sample))
+                    draw_labels(logits(params, x).softmax(1), (0, step, rank, number, sample))
                     for rank, (x, _) in enumerate(shards)
                 ]
                 g = gradient(params, x, torch.cat(drawn))
