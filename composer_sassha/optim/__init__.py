@@ -1,4 +1,4 @@
-"""Update rules, and the wrapper that runs the passes of a step. Plain PyTorch."""
+"""Second-order update rules, and the wrapper that runs the passes of a step. Plain PyTorch."""
 
 from composer_sassha.optim.adahessian import AdaHessian
 from composer_sassha.optim.passes import PassRunner

@@ -14,7 +14,7 @@ from composer_sassha.optim.second_order import kept
 
 
 class AdaHessian(BiasCorrectedOptimizer):
-    r"""Adam whose second moment is that of the Hessian's diagonal, spatially averaged, not the gradient's.
+    r"""Adam with the second moment of the spatially averaged Hessian diagonal in place of the gradient's.
 
     .. math::
 
@@ -24,20 +24,20 @@ class AdaHessian(BiasCorrectedOptimizer):
         w_{t+1} &= w_t - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^r)}^{\,k} + \epsilon}
                   - \eta \lambda w_t
 
-    The spatial average `h^(s)` puts the mean over a neighbourhood in place of every entry: over the kernel
-    (all dimensions but the first two) of a tensor with four or five, the weight of a convolution, and over
-    blocks of `block_size` consecutive entries, row by row, of a matrix. All others stay as they are: a tensor
-    with three dimensions is more often an embedding than a convolution. The mean is signed, as in the paper's
-    equation.
+    The spatial average `h^(s)` replaces every entry by the mean over its neighbourhood. In a tensor with four
+    or five dimensions, the weight of a convolution, that is the kernel (all dimensions but the first two). In
+    a matrix it is a block of `block_size` consecutive entries, row by row. All other tensors stay as they
+    are: one with three dimensions is more often an embedding than a convolution. The mean is signed, as in
+    the paper's equation.
 
-    `r` counts the estimates that the parameter has had. With one every step, as in the paper, r = t. Between
-    estimates v stays, and counting estimates keeps its average unbiased. The rule does not estimate the
-    Hessian: whoever does hands the estimate to `update_curvature` before `step`. In a Composer Trainer,
-    the algorithm `LazyHessian(interval=1)` does.
+    `r` counts the parameter's estimates. With one every step, as in the paper, r = t. Between estimates v
+    stays, and the count of estimates keeps its correction unbiased. The rule does not estimate the Hessian;
+    `update_curvature` must be called with an estimate before `step`. In a Composer Trainer, the algorithm
+    `LazyHessian(interval=1)` calls it.
 
     The state of float16 and bfloat16 parameters is float32, also after `load_state_dict`, and their update is
-    computed in float32 and rounded once. A parameter whose curvature has not been estimated yet, while that
-    of others has (a branch that the last refresh did not use), gathers momentum and waits.
+    computed in float32 and rounded once. A parameter without any estimate yet, while others have one (a
+    branch that the last refresh did not use), accumulates momentum and does not move.
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
@@ -46,10 +46,10 @@ class AdaHessian(BiasCorrectedOptimizer):
         eps: added to the preconditioner, >= 0. Default: 1e-4.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         hessian_power: the exponent k, in [0, 1]. Default: 1.
-        block_size: entries of a matrix to average over, >= 1 and a divisor of the number of entries of
-            every matrix in the group; 1: no averaging. Default: 1.
-        foreach: one call over all tensors per operation (True), or one tensor after the other, in less memory
-            (False); the results agree bit for bit on CPU. Default: True.
+        block_size: entries of a matrix to average over, >= 1; it must divide the number of entries of every
+            matrix in the group. 1: no averaging. Default: 1.
+        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
+            the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -120,11 +120,11 @@ class AdaHessian(BiasCorrectedOptimizer):
 
 
 def spatial_average(estimate: Tensor, block_size: int) -> Tensor:
-    """Put the mean over its neighbourhood (see `AdaHessian`) in place of every entry.
+    """Replace every entry by the mean over its neighbourhood; see `AdaHessian`.
 
     Returns:
-        A tensor of the same shape: the estimate itself where nothing is averaged, or one whose entries may
-        share memory; not to be written to.
+        A tensor of the same shape, which must not be written to: the estimate itself where nothing is
+        averaged, else one whose entries may share memory.
 
     Example:
         >>> spatial_average(torch.tensor([[1.0, 3.0, 5.0, -7.0]]), block_size=2)

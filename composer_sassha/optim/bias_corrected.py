@@ -1,4 +1,4 @@
-"""The part of the update rules whose two averages are corrected for their start at zero, as Adam's are."""
+"""The step of update rules whose two averages are corrected for their start at zero, as Adam's are."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from composer_sassha.optim.second_order import SecondOrderOptimizer, kept
 class BiasCorrectedOptimizer(SecondOrderOptimizer):
     """Moves the weights by `-lr * (m / (1 - b1**t)) / ((h / (1 - b2**age)) ** power + eps)`.
 
-    m is the average of the gradients and h that of the estimates. A rule adds how an estimate enters h, and
-    the power.
+    m is the average of the gradients and h that of the estimates. A subclass defines how an estimate enters
+    h, and the power.
     """
 
     def _power(self, group: dict[str, Any]) -> float:
@@ -33,7 +33,7 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
     ) -> None:
         averages = kept(states, "exp_avg")
         rates = [-group["lr"] / (1 - group["betas"][0] ** state["step"]) for state in states]
-        # Unlike the other operations, this one takes a single number only by another name.
+        # Unlike the other foreach operations, this one takes a single number only by another keyword.
         rate = one_or_all(rates)
         if isinstance(rate, list):
             torch._foreach_addcdiv_(weights, averages, denominators, rate)
@@ -44,7 +44,7 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
 def corrected_denominators(
     averages: list[Tensor], ages: list[int], power: float, group: dict[str, Any]
 ) -> list[Tensor]:
-    """Return `(average / (1 - b2**age)) ** power + eps` of each average, in new tensors.
+    """Return `(average / (1 - b2**age)) ** power + eps` for each average, in new tensors.
 
     Example:
         >>> group = {"betas": (0.9, 0.5), "eps": 1.0}
@@ -53,7 +53,7 @@ def corrected_denominators(
     """
     corrections = [1 - group["betas"][1] ** age for age in ages]
     denominators = list(torch._foreach_div(averages, one_or_all(corrections)))
-    if power == 0.5:
+    if power == 0.5:  # a square root is faster than a power
         torch._foreach_sqrt_(denominators)
     elif power != 1:
         torch._foreach_pow_(denominators, power)
@@ -62,7 +62,7 @@ def corrected_denominators(
 
 
 def one_or_all(numbers: list[float]) -> float | list[float]:
-    """Return the number that all are, which makes a faster call, or all of them.
+    """Return one number if all are equal, which makes a faster foreach call; else all of them.
 
     Example:
         >>> one_or_all([0.5, 0.5]), one_or_all([0.5, 1.0])

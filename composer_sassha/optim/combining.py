@@ -1,4 +1,4 @@
-"""How a perturbation's update, made of flat vectors, takes the place of the gradients."""
+"""Replaces the gradients by the update that a perturbation makes of flat vectors."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from composer_sassha.perturbations import Perturbation
 
 
 def flat_gradient(params: Sequence[Tensor]) -> Tensor:
-    """Copy the gradients into one vector; a parameter without one counts as zero."""
+    """Copy the gradients into one vector; a missing gradient counts as zero."""
     return flat([p.grad for p in params], params)
 
 
 def flat(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """Copy what there is of each parameter into one vector: of sharded ones, of the part that is here."""
+    """Copy one tensor per parameter into one vector: of sharded parameters, this rank's part."""
     return flatten(local(tensors), like=local(params))
 
 
@@ -30,24 +30,25 @@ def combine(
     average: bool,
     shards: ProcessGroup | None = None,
 ) -> Tensor | None:
-    """Put the perturbation's update in the place of the gradients at w + e.
+    """Replace the gradients at w + e by the perturbation's update.
 
     Args:
         perturbation: makes the update of the two gradients.
         params: the optimizer's trainable parameters.
         ascent: their gradient at w.
-        average: the gradients are this rank's own: average the update over the ranks.
+        average: average the update over the ranks, because the gradients are this rank's own.
         shards: the ranks that hold the other parts of sharded parameters.
 
     Returns:
-        The vector to remember, averaged likewise, if there is one.
+        The vector to keep as a state entry, averaged likewise, or None.
     """
     if not params:
         return None
     update, remembered = perturbation.combine(ascent, flat_gradient(params), shards)
     used = [p.grad is not None for p in params]
     if average and several():
-        # One collective for all of it. A parameter that no rank has used is to stay without a gradient.
+        # One collective for everything, every rank with the same sizes. The counts tell which parameters any
+        # rank has used: the others must stay without a gradient, or the optimizer would step on zeros.
         parts = [update, update.new_tensor(used), *([] if remembered is None else [remembered])]
         everything = torch.cat(parts)
         average_(everything)
@@ -65,12 +66,12 @@ def reuse(
     *,
     shards: ProcessGroup | None = None,
 ) -> None:
-    """Work what the perturbation remembers into the gradients of a step without an ascent.
+    """Replace the gradients of a step without an ascent by the perturbation's update.
 
     Args:
-        perturbation: makes the update of the two.
+        perturbation: makes the update of the gradients and the state entries.
         params: the optimizer's trainable parameters.
-        remembered: what is kept for each; None is zero.
+        remembered: the perturbation's state entry for each; None counts as zero.
         shards: the ranks that hold the other parts of sharded parameters.
     """
     if not params:
@@ -83,6 +84,6 @@ def _set_gradient(params: Sequence[Tensor], update: Tensor, used: Sequence[bool]
     pieces = unflatten(update, local(params))
     chosen = [(p, piece) for p, piece, use in zip(params, pieces, used, strict=True) if use]
     for p, _ in chosen:
-        if p.grad is None:  # another rank has used it
+        if p.grad is None:  # only another rank has used it
             p.grad = torch.empty_like(p)
     copy_into(local(p.grad for p, _ in chosen), [piece for _, piece in chosen])

@@ -1,4 +1,4 @@
-"""Call the closure for one pass, in a plain PyTorch loop."""
+"""Runs the closure for one pass, in a plain PyTorch loop."""
 
 import inspect
 from collections.abc import Callable
@@ -11,11 +11,11 @@ Closure = Callable[..., Any]
 
 
 class PassRunner:
-    """Calls the closure for one pass. This one serves a plain PyTorch loop; `algorithms` has the Trainer's.
+    """Calls the closure for one pass in a plain PyTorch loop; `algorithms.wiring` has the Trainer's runner.
 
     Args:
-        model: the model that the closure runs; needed only when it is a `DistributedDataParallel`, whose
-            gradients are then left unsynchronized in passes that ask for it.
+        model: the model that the closure runs. Only a `DistributedDataParallel` is needed here: passes with
+            `sync=False` then leave its gradients unsynchronized.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -23,10 +23,10 @@ class PassRunner:
 
     @property
     def must_synchronize(self) -> bool:
-        """Whether every pass has to be synchronized.
+        """Whether every pass must be synchronized.
 
-        DDP with find_unused_parameters remembers from an unsynchronized pass which parameters were used, and
-        fails where the next pass uses others.
+        DDP with find_unused_parameters keeps the set of used parameters from an unsynchronized pass, and
+        fails if the next pass uses others.
         """
         ddp = isinstance(self.model, DistributedDataParallel)
         return ddp and getattr(self.model, "find_unused_parameters", False)
@@ -37,12 +37,12 @@ class PassRunner:
         Args:
             closure: computes the loss and its gradients.
             sync: average the gradients over the ranks.
-            hidden: leave no trace in metrics and logs.
+            hidden: leave no trace in metrics and logs. A plain loop has none, so that it is ignored here.
 
         Raises:
             RuntimeError: the closure is a Composer Trainer's, which this runner does not serve.
         """
-        del hidden  # a plain loop logs the loss that `step` returns, and that is the first pass's
+        del hidden  # a plain loop logs the loss that `step` returns
         if "loss_dict" in inspect.signature(closure).parameters:
             raise RuntimeError(
                 "in a Composer Trainer the passes need an algorithm: add composer_sassha.SAM() or Sassha() "
@@ -54,15 +54,15 @@ class PassRunner:
         return closure()
 
     def begin(self) -> None:
-        """Called before the first pass of a step."""
+        """Prepare for a step; called before its first pass."""
         self.share_buffers()
 
     def share_buffers(self) -> None:
-        """Have the next forward begin with rank 0's buffers."""
-        # DDP broadcasts rank 0's buffers before a forward only if the one before it was synchronized. A step
-        # may have no such pass at all, and BatchNorm's statistics would drift apart.
+        """Make the next forward start from rank 0's buffers."""
+        # DDP broadcasts rank 0's buffers before a forward only if the forward before it was synchronized. A
+        # step may have no synchronized pass at all, and BatchNorm's statistics would drift apart.
         if isinstance(self.model, DistributedDataParallel):
             self.model.require_forward_param_sync = True
 
     def rollback(self) -> None:
-        """Undo what the passes since `begin` left outside of weights, buffers and RNG: here nothing."""
+        """Undo what the passes since `begin` left behind besides weights, buffers and RNG; here nothing."""

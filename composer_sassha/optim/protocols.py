@@ -1,4 +1,4 @@
-"""What an optimizer must have to be handed a Hessian estimate."""
+"""The method that makes an optimizer a second-order one."""
 
 from collections.abc import Mapping
 from typing import Protocol, TypeGuard
@@ -8,16 +8,16 @@ from torch.optim import Optimizer
 
 
 class TakesCurvature(Protocol):
-    """An optimizer with `update_curvature`, be it one of this package's or another's."""
+    """Any optimizer with a method `update_curvature`, of this package or not."""
 
     def update_curvature(self, diagonal: Mapping[Tensor, Tensor]) -> None:
         """Average a fresh estimate of the Hessian's diagonal into the state; see `SecondOrderOptimizer`."""
 
 
 def takes_curvature(optimizer: Optimizer) -> TypeGuard[TakesCurvature]:
-    """Whether an optimizer can be handed estimates of the Hessian's diagonal.
+    """Whether an optimizer takes estimates of the Hessian's diagonal.
 
-    The method `update_curvature` decides, not the class: any optimizer may offer it.
+    Its method `update_curvature` decides, not its class, so that any optimizer can offer it.
 
     Example:
         >>> import torch

@@ -13,7 +13,7 @@ from composer_sassha.optim.second_order import kept
 
 
 class SASSHA(BiasCorrectedOptimizer):
-    r"""Preconditions the gradient's average with the square root of an averaged absolute Hessian diagonal.
+    r"""Divides the gradient's average by the square root of the averaged absolute Hessian diagonal.
 
     .. math::
 
@@ -23,13 +23,13 @@ class SASSHA(BiasCorrectedOptimizer):
                   - \eta \lambda w_t
 
     with `s` the step of the latest estimate: as in the authors' code, the correction counts steps and is
-    frozen between estimates. The rule neither perturbs the weights nor estimates the Hessian: whoever does
-    hands the estimate to `update_curvature` before `step`. In a Composer Trainer, the algorithm `Sassha` does
-    both.
+    frozen between estimates. The rule neither perturbs the weights nor estimates the Hessian;
+    `update_curvature` must be called with an estimate before `step`. In a Composer Trainer, the algorithm
+    `Sassha` does both.
 
     The state of float16 and bfloat16 parameters is float32, also after `load_state_dict`, and their update is
-    computed in float32 and rounded once. A parameter whose curvature has not been estimated yet, while that
-    of others has (a branch that the last refresh did not use), gathers momentum and waits.
+    computed in float32 and rounded once. A parameter without any estimate yet, while others have one (a
+    branch that the last refresh did not use), accumulates momentum and does not move.
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
@@ -38,8 +38,8 @@ class SASSHA(BiasCorrectedOptimizer):
         eps: added to the preconditioner, >= 0. Default: 1e-4.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         hessian_power: the exponent p, in [0, 1]. Default: 0.5.
-        foreach: one call over all tensors per operation (True), or one tensor after the other, in less memory
-            (False); the results agree bit for bit on CPU. Default: True.
+        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
+            the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -90,5 +90,5 @@ class SASSHA(BiasCorrectedOptimizer):
         torch._foreach_lerp_(averages, estimates, 1 - group["betas"][1])
 
     def _age(self, state: dict[str, Any]) -> int:
-        steps: int = state["step"]  # counted in steps, as the authors do
+        steps: int = state["step"]  # not estimates, as in the authors' code
         return steps + 1

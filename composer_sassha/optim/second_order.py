@@ -1,4 +1,4 @@
-"""What the update rules that divide by a lazily refreshed Hessian diagonal share."""
+"""The base class of update rules that divide by a lazily refreshed Hessian diagonal."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,31 +16,31 @@ from composer_sassha.common.tensors import as_dtype, wide_dtype
 
 
 class SecondOrderOptimizer(Optimizer):
-    """State, checks and the skeleton of a step; a rule adds its equations.
+    """Keeps the state, checks the arguments and runs a step; a subclass adds the equations of its rule.
 
-    They are a few methods, each over lists of tensors of one device and dtype: how an estimate enters the
-    average (`_prepare`, `_absorb`), what is divided by (`_denominators`), and how the weights move
+    The equations are a few methods, each over lists of tensors of one device and dtype: how an estimate
+    enters the average (`_prepare`, `_absorb`), the divisors (`_denominators`), and how the weights move
     (`_update`). A parameter's state:
 
         step            steps taken
         exp_avg         the average of the gradients
-        exp_hessian     the average of the estimates, under the name that `_average` says
+        exp_hessian     the average of the estimates; `_average` is the name of this entry
         hessian_step    the age of that average, 0 before the first estimate; see `_age`
     """
 
     _average = "exp_hessian"
-    _remedy = "composer_sassha.LazyHessian()"  # the algorithms that bring the estimates
+    _remedy = "composer_sassha.LazyHessian()"  # the algorithm that a message recommends
 
     def _prepare(self, estimates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Compute what is averaged, leaving the estimates as they are."""
+        """Return the tensors to average; must not write to the estimates."""
         return estimates
 
     def _absorb(self, states: list[dict[str, Any]], estimates: list[Tensor], group: dict[str, Any]) -> None:
-        """Average what `_prepare` has made of the estimates into the states, in place."""
+        """Average the tensors from `_prepare` into the states, in place; must not allocate."""
         raise NotImplementedError
 
     def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
-        """Compute in new tensors what the gradient's average is divided by."""
+        """Return the divisors of the gradient's average, in new tensors."""
         raise NotImplementedError
 
     def _update(
@@ -50,16 +50,16 @@ class SecondOrderOptimizer(Optimizer):
         denominators: list[Tensor],
         group: dict[str, Any],
     ) -> None:
-        """Move the weights, decayed already; the denominators may be written over."""
+        """Move the weights, which have been decayed; may overwrite the denominators."""
         raise NotImplementedError
 
     def _age(self, state: dict[str, Any]) -> int:
-        """Return the age of the average with the estimate that has just entered: the number of estimates."""
+        """Return the age of the average after one more estimate: the number of estimates."""
         estimates: int = state["hessian_step"]
         return estimates + 1
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Check a parameter group's hyperparameters, for a schedule that has changed them.
+        """Check a parameter group's hyperparameters; a schedule calls this after changing them.
 
         Raises:
             TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -82,7 +82,7 @@ class SecondOrderOptimizer(Optimizer):
                 )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; what it does not set it takes from the defaults.
+        """Add a parameter group; defaults fill what it does not set.
 
         Raises:
             TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -102,7 +102,7 @@ class SecondOrderOptimizer(Optimizer):
             closure: computes the loss and the gradients again; optional.
 
         Returns:
-            What the closure returned, or None.
+            The closure's loss, or None without a closure.
 
         Raises:
             RuntimeError: no curvature has been estimated although a learning rate is positive, or a gradient
@@ -123,8 +123,8 @@ class SecondOrderOptimizer(Optimizer):
         self._init_state()
         learning = any(group["lr"] > 0 for group in self.param_groups)
         if fresh and not learning and not self._any_gradient(grads):
-            # Saving and loading a checkpoint step a fresh optimizer with zero gradients, only to have its
-            # state made.
+            # To save and load checkpoints, PyTorch steps a fresh optimizer at lr = 0 with zero gradients, only to
+            # create its state.
             return loss
         if grads and learning and not any(state["hessian_step"] for state in self.state.values()):
             raise RuntimeError(
@@ -140,11 +140,11 @@ class SecondOrderOptimizer(Optimizer):
         """Average a fresh estimate of the Hessian's diagonal into the state, as of the coming step.
 
         Args:
-            diagonal: for each parameter an estimate of the parameter's shape (of a sharded one, of this
-                rank's part), finite, of either sign. A parameter without an entry keeps its average.
+            diagonal: a finite estimate for each parameter, with the parameter's shape (if it is sharded, the
+                shape of this rank's part). A parameter without an entry keeps its average.
 
         Raises:
-            ValueError: a tensor that this optimizer does not train, or an estimate of another shape.
+            ValueError: a key is not a parameter that this optimizer trains, or an estimate has another shape.
         """
         owner, trained = type(self).__name__, set(self._trained())
         for p, part, h in zip(diagonal, local(diagonal), diagonal.values(), strict=True):
@@ -163,16 +163,17 @@ class SecondOrderOptimizer(Optimizer):
             averages = kept(states, self._average)
             estimates = [diagonal[p].to(average) for p, average in zip(params, averages, strict=True)]
             fresh.append((states, self._prepare(estimates, group), group))
-        for states, estimates, group in fresh:  # all that needs memory is done
+        # Nothing below allocates, so that an out-of-memory error above leaves the state unchanged.
+        for states, estimates, group in fresh:
             self._absorb(states, estimates, group)
             for state in states:
                 state["hessian_step"] = self._age(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the float32 state of half-precision parameters stays as it was saved.
+        """Load a state; the float32 state of half-precision parameters keeps its dtype.
 
         Raises:
-            ValueError: it is another optimizer's. Nothing has been loaded then.
+            ValueError: the state is another optimizer's. Nothing has been loaded then.
         """
         self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
@@ -181,9 +182,9 @@ class SecondOrderOptimizer(Optimizer):
                 self.state[p][name] = state[name].to(device=p.device, dtype=wide_dtype([p]))
 
     def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        """Yield every state of a state dict that is not empty, with its key and its parameter here."""
+        """Yield the key, this optimizer's parameter and the state for every saved state that is not empty."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        # Where there are more or fewer of them, torch refuses the state dict by itself.
+        # Not strict: if the numbers differ, torch refuses the state dict with a message of its own.
         for key, p in zip(keys, self._params()):  # noqa: B905
             if state := state_dict["state"].get(key):
                 yield key, p, state
@@ -211,7 +212,10 @@ class SecondOrderOptimizer(Optimizer):
                     )
 
     def _step_list(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        """All that needs memory comes first: when there is none, nothing has changed yet."""
+        """Step parameters of one device and dtype.
+
+        Allocate before mutating, so that an out-of-memory error leaves the state unchanged.
+        """
         lr, decay = group["lr"], group["weight_decay"]
         states = [self.state[p] for p in params]
         averages = kept(states, "exp_avg")
@@ -234,17 +238,17 @@ class SecondOrderOptimizer(Optimizer):
             torch._foreach_copy_(params, weights)
 
     def _any_gradient(self, grads: list[Tensor]) -> bool:
-        """Whether any gradient has an entry that is not zero, on any of the ranks that share it."""
+        """Whether any gradient has an entry other than zero, on any of the ranks that hold its parts."""
         here = any(grad.any() for grad in local(grads))
         return any_rank(torch.tensor(here, device=grads[0].device)) if grads and shards_of(grads) else here
 
     def _lists(self, chosen: Callable[[Tensor], bool]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
-        """Yield the chosen parameters in the lists that one call of a rule works on, and their group."""
+        """Yield lists of chosen parameters for one call of a rule, each with its group."""
         for group in self.param_groups:
             lists: dict[Any, list[Tensor]] = defaultdict(list)
             for i, p in enumerate(group["params"]):
                 if chosen(p):
-                    # foreach kernels want one device and one dtype
+                    # foreach kernels need one device and one dtype
                     lists[(p.device, p.dtype) if group["foreach"] else i].append(p)
             for params in lists.values():
                 yield params, group
@@ -256,8 +260,8 @@ class SecondOrderOptimizer(Optimizer):
         return (p for p in self._params() if p.requires_grad or p.grad is not None)
 
     def _init_state(self) -> None:
-        # Whole and for every trainable parameter: what is created later cannot be loaded from a sharded
-        # checkpoint.
+        # At once and for every trainable parameter: PyTorch loads a sharded checkpoint only into state
+        # entries that exist already.
         for p in self._trained():
             if not self.state[p]:
                 self.state[p] = {
@@ -269,5 +273,5 @@ class SecondOrderOptimizer(Optimizer):
 
 
 def kept(states: Iterable[Mapping[str, Any]], name: str) -> list[Tensor]:
-    """Return what the parameters' states have under a name; of sharded ones, the part that is here."""
+    """Return one state entry of each parameter: of sharded parameters, this rank's part."""
     return local(state[name] for state in states)

@@ -12,7 +12,7 @@ from composer_sassha.optim.second_order import SecondOrderOptimizer, kept
 
 
 class Sophia(SecondOrderOptimizer):
-    r"""Divides the gradient's average by that of the Hessian's diagonal, and clips every entry of the step.
+    r"""Divides the gradient's average by the Hessian diagonal's average, and clips every entry of the step.
 
     .. math::
 
@@ -22,26 +22,26 @@ class Sophia(SecondOrderOptimizer):
         w_{t+1} &= w_t - \eta \lambda w_t
                   - \eta \operatorname{clip}\!\left(\frac{m_t}{\max(\gamma h_t, \epsilon)}, 1\right)
 
-    with `clip(x, 1)` the number in [-1, 1] that is nearest to x. An entry whose m is at least
-    max(gamma * h, eps) in size moves by the whole learning rate, in the direction of m's sign. So does, but
-    for a tiny m, every entry whose h is not positive. The estimate keeps its sign, and neither average is
-    corrected for its start. The rule does not estimate the Hessian: whoever does hands the estimate to
-    `update_curvature` before `step`. In a Composer Trainer, the algorithm `LazyHessian` does.
+    with `clip(x, 1)` the number in [-1, 1] that is nearest to x. An entry with `|m| >= max(gamma * h, eps)`
+    moves by the whole learning rate, against the sign of m. So does every entry whose h is not positive,
+    unless `|m| < eps`. The estimate keeps its sign, and neither average is corrected for its start. The rule
+    does not estimate the Hessian; `update_curvature` must be called with an estimate before `step`. In a
+    Composer Trainer, the algorithm `LazyHessian` calls it.
 
     The state of float16 and bfloat16 parameters is float32, also after `load_state_dict`, and their update is
-    computed in float32 and rounded once. A parameter whose curvature has not been estimated yet, while that
-    of others has (a branch that the last refresh did not use), gathers momentum and waits.
+    computed in float32 and rounded once. A parameter without any estimate yet, while others have one (a
+    branch that the last refresh did not use), accumulates momentum and does not move.
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
-        lr: learning rate, and the largest change of an entry in a step; >= 0. Default: 1e-3.
+        lr: learning rate, which is also the largest change of an entry in a step; >= 0. Default: 1e-3.
         betas: decay of the gradient's and of the Hessian's average, each in [0, 1). Default: (0.96, 0.99).
-        eps: the least that is divided by, >= 0; 0 stands for the smallest normal number. Default: 1e-12.
+        eps: the smallest divisor, >= 0; 0 stands for the smallest normal number. Default: 1e-12.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         clip_threshold: the paper's gamma, >= 0: the larger, the fewer entries are clipped; 0: momentum's
-            sign everywhere, unless |m| < eps. Default: 0.01.
-        foreach: one call over all tensors per operation (True), or one tensor after the other, in less memory
-            (False); the results agree bit for bit on CPU. Default: True.
+            sign everywhere unless |m| < eps. Default: 0.01.
+        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
+            the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -89,7 +89,8 @@ class Sophia(SecondOrderOptimizer):
     def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         averages = kept(states, "exp_hessian")
         denominators = list(torch._foreach_mul(averages, group["clip_threshold"]))
-        # A normal number has a finite reciprocal: 0 / eps is 0, and what overflows is clipped.
+        # A divisor of at least the smallest normal number has a finite reciprocal. Then 0 / eps is 0 and not
+        # NaN, and a product that overflows is clipped.
         tiny = torch.finfo(denominators[0].dtype).tiny
         torch._foreach_clamp_min_(denominators, max(group["eps"], tiny))
         return denominators
@@ -102,7 +103,7 @@ class Sophia(SecondOrderOptimizer):
         group: dict[str, Any],
     ) -> None:
         averages = kept(states, "exp_avg")
-        steps = denominators  # in the same memory
+        steps = denominators  # reuses their memory
         torch._foreach_reciprocal_(steps)
         torch._foreach_mul_(steps, averages)
         torch._foreach_clamp_min_(steps, -1)
