@@ -24,7 +24,8 @@ from composer_sassha.recipes.errors import ConfigError
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.hub import fetched
 from composer_sassha.recipes.models import GPT, ResNetCIFAR, TextClassifier
-from composer_sassha.recipes.run import summary, train_recipe
+from composer_sassha.recipes.results import summary
+from composer_sassha.recipes.run import train_recipe
 from composer_sassha.recipes.schedulers import Linear
 from tests.recipes.test_run import Stop, same_runs, weights
 
