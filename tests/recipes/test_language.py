@@ -27,7 +27,7 @@ from composer_sassha.recipes.models import GPT, ResNetCIFAR, TextClassifier
 from composer_sassha.recipes.results import summary
 from composer_sassha.recipes.run import train_recipe
 from composer_sassha.recipes.schedulers import Linear
-from tests.recipes.test_run import Stop, same_runs, weights
+from tests.recipes.runs import Stop, same_runs, weights
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[nlp]'")
 

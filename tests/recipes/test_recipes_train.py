@@ -10,8 +10,8 @@ from composer_sassha.recipes.data import CIFAR10, CIFAR100, SVHN, FashionMNIST
 from composer_sassha.recipes.data.images import Split
 from composer_sassha.recipes.run import train_recipe
 from tests.recipes.published import ROWS, recipe, reported_of
+from tests.recipes.runs import Stop, same_runs
 from tests.recipes.test_data import photographs
-from tests.recipes.test_run import Stop, same_runs
 
 
 def generated(classes: int, count: int, shape: tuple[int, int, int] = (3, 32, 32)) -> Split:
