@@ -1,8 +1,9 @@
 import pytest
 
+from tests.recipes.language import encoder, glue, small, text
 from tests.recipes.runs import whole, without_curves
 
-__all__ = ["whole", "without_curves"]
+__all__ = ["encoder", "glue", "small", "text", "whole", "without_curves"]
 
 
 @pytest.fixture(autouse=True)
