@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from composer_sassha.recipes.run_log import write_atomically
+from composer_sassha.recipes.files import write_atomically
 
 # Of Okabe and Ito's palette, which every kind of eyes tells apart, and in grey too.
 _BLUE, _ORANGE, _BLACK = "#0072B2", "#E69F00", "#000000"

@@ -15,8 +15,8 @@ from composer.models import ComposerModel
 from torch.optim import Optimizer
 
 from composer_sassha.common.batches import size_of
+from composer_sassha.recipes.build import build_parts
 from composer_sassha.recipes.config import Recipe
-from composer_sassha.recipes.run import _build
 
 
 class Kind(NamedTuple):
@@ -159,7 +159,8 @@ def run_of(recipe: Recipe, *, device: str | None = None, backward: bool = False)
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cannot split tensor of length")  # a batch may be small
-        parts = _build(replace(recipe, schedulers=None, schedules={}))  # they may refuse so short a training
+        # The schedules may refuse so short a training.
+        parts = build_parts(replace(recipe, schedulers=None, schedules={}))
     batch = next(iter(parts.train))
     return Run(
         recipe, parts.model, batch, parts.optimizer, parts.algorithms, device=device, backward=backward

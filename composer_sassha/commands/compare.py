@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     # Only now, as they import torch and Composer, which --help need not wait for.
     from composer_sassha.comparison.grid import load_grid, look, report_folder
     from composer_sassha.comparison.report import Report
-    from composer_sassha.recipes.folder import read_results
+    from composer_sassha.recipes.results import read_results
 
     grid = load_grid(recipe, arguments.methods, arguments.seeds, overrides)
     runs = look(grid)

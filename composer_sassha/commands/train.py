@@ -31,7 +31,8 @@ def run(argv: Sequence[str]) -> int:
     recipe, overrides = recipe_and_overrides(_parser(argv).parse_args(argv).arguments, _DEFAULT)
     # Only now, as they import torch and Composer, which --help need not wait for.
     from composer_sassha.recipes.config import load_recipe
-    from composer_sassha.recipes.run import summary, train_recipe
+    from composer_sassha.recipes.results import summary
+    from composer_sassha.recipes.run import train_recipe
 
     loaded = load_recipe(recipe, overrides)
     results = train_recipe(loaded)

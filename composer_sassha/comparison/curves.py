@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from composer_sassha.comparison.grid import Run
-from composer_sassha.recipes.metrics import Metric, metrics_of
-from composer_sassha.recipes.run_log import number
+from composer_sassha.recipes.metrics import Metric, metrics_of, number
 
 # Okabe and Ito's palette without its yellow, which is too pale for paper. The line style tells lines of the
 # same colour apart, and helps where colours are not seen or not printed.

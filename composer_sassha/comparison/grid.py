@@ -8,7 +8,7 @@ from typing import Any
 
 from composer_sassha.recipes.config import Recipe, load_recipe, read_recipe
 from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.folder import earlier_results
+from composer_sassha.recipes.folder import RunFolder
 from composer_sassha.recipes.schema import lookup
 
 _OWN_OPTIONS = {"method": "--methods", "seed": "--seeds"}
@@ -81,7 +81,7 @@ def look(recipes: Sequence[Recipe]) -> list[Run]:
     Raises:
         ConfigError: a run folder holds something else, such as a run with other settings.
     """
-    return [Run(recipe, earlier_results(recipe)) for recipe in recipes]
+    return [Run(recipe, RunFolder(recipe).earlier_results()) for recipe in recipes]
 
 
 def report_folder(recipes: Sequence[Recipe]) -> Path:

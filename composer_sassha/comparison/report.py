@@ -22,8 +22,9 @@ from composer_sassha.comparison.frontier import plot_frontier, points_of
 from composer_sassha.comparison.grid import Run
 from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
 from composer_sassha.inspection.section import section
+from composer_sassha.recipes.files import write_atomically
 from composer_sassha.recipes.metrics import Metric, metrics_of
-from composer_sassha.recipes.run_log import step_clock, write_atomically
+from composer_sassha.recipes.results import step_clock
 
 NOTHING = "-"
 

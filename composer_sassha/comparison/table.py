@@ -12,8 +12,7 @@ import numpy as np
 from scipy import stats
 
 from composer_sassha.comparison.grid import Run
-from composer_sassha.recipes.metrics import Metric
-from composer_sassha.recipes.run_log import number
+from composer_sassha.recipes.metrics import Metric, number
 
 LEVEL = 0.05  # of significance, for all tests of a table together
 

@@ -24,11 +24,11 @@ from composer_sassha.comparison.report import Report
 from composer_sassha.inspection.options import Options
 from composer_sassha.inspection.section import draw, section, table
 from composer_sassha.recipes.config import Recipe, load_recipe
-from composer_sassha.recipes.errors import ConfigError
-from composer_sassha.recipes.folder import LATEST, read_results
-from composer_sassha.recipes.metrics import METRICS, metrics_of
-from composer_sassha.recipes.run import config_errors
-from composer_sassha.recipes.run_log import number, write_atomically
+from composer_sassha.recipes.errors import ConfigError, config_errors
+from composer_sassha.recipes.files import write_atomically
+from composer_sassha.recipes.folder import LATEST
+from composer_sassha.recipes.metrics import METRICS, metrics_of, number
+from composer_sassha.recipes.results import read_results
 from composer_sassha.sharpness import (
     Measures,
     Objective,

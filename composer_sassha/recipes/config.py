@@ -117,8 +117,10 @@ class Recipe:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for key, registry in _SECTIONS.items():
             if plain[key] is not None:
-                plain[key] = _plain(registry, plain[key])
-        plain["schedules"] = {name: _plain(SCHEDULES, schedule) for name, schedule in self.schedules.items()}
+                plain[key] = _section_of(registry, plain[key])
+        plain["schedules"] = {
+            name: _section_of(SCHEDULES, schedule) for name, schedule in self.schedules.items()
+        }
         for key in _BY_NAME:
             plain[key] = {name: asdict(part) for name, part in getattr(self, key).items()}
         return OmegaConf.to_container(OmegaConf.create(plain))  # type: ignore[return-value]  # tuples to lists
@@ -142,7 +144,7 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _plain(registry: Mapping[str, type], component: Any) -> dict[str, Any]:
+def _section_of(registry: Mapping[str, type], component: Any) -> dict[str, Any]:
     name = next(name for name, schema in registry.items() if type(component) is schema)
     return {"name": name, **asdict(component)}
 

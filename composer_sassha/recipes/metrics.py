@@ -1,5 +1,6 @@
 """What a run is measured by: the metrics that a model can have, and which of them ranks the methods."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,3 +76,8 @@ def ranked(torchmetrics: Iterable[str]) -> tuple[Metric, ...]:
 def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     """The metrics of a finished run, from its results.json; the first ones written did not say which."""
     return ranked(results.get("metrics", ("MulticlassAccuracy", "CrossEntropy")))
+
+
+def number(value: float | None) -> float:
+    """Return a recorded value as a float; None stands for one that was not finite."""
+    return math.nan if value is None else value

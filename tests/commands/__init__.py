@@ -1,8 +1,15 @@
 """The commands as functions: each takes its arguments and returns the exit status."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from composer_sassha.commands import main
+
+SMALL = ["model.width=2", "data.batch_size=256", "progress_bar=false"]  # 5 steps an epoch
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -19,3 +26,17 @@ def inspect(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     return main(["bench", *arguments])
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `train`, and return the one line with which it refuses."""
+    assert train(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n") and err.count("\n") == 1
+    return err
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Read the metrics.jsonl of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

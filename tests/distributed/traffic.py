@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from composer_sassha import GSAM, SAM, USAM, LookSAM, Sassha
 from composer_sassha.benchmark.plan import traffic
 from composer_sassha.benchmark.steps import Kind
+from composer_sassha.recipes.build import build_parts
 from composer_sassha.recipes.config import load_recipe
-from composer_sassha.recipes.run import _build
 from tests.helpers import Spy, digits, digits_network, float16_on_cpu, trainer
 from tests.methods import METHODS, MORE, NAMED, Method, sassha, sgd
 
@@ -119,7 +119,7 @@ def _several_buckets() -> ComposerClassifier:
 
 def _of_the_recipe(method: str) -> list[CountedStep]:
     """A method of the digits recipe, over its longest interval twice."""
-    parts = _build(load_recipe("digits", [f"method={method}", "data.batch_size=20"]))
+    parts = build_parts(load_recipe("digits", [f"method={method}", "data.batch_size=20"]))
 
     def build(**kwargs: Any) -> Trainer:
         return trainer(

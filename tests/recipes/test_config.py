@@ -105,8 +105,8 @@ def test_another_kind_of_data_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_a_cifar_recipe_takes_a_folder_of_images() -> None:
-    folder = load_recipe("cifar10_resnet32_noise40", ["data.name=image_folder", "data.root=/there"])
-    own = load_recipe("cifar10_resnet32_noise40")
+    folder = load_recipe("cifar10_resnet32_noise", ["data.name=image_folder", "data.root=/there"])
+    own = load_recipe("cifar10_resnet32_noise")
     inherited = {f.name for f in dataclasses.fields(InMemoryImages)}
     assert {name: getattr(folder.data, name) for name in inherited} == {
         name: getattr(own.data, name) for name in inherited
