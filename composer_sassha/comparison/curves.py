@@ -10,14 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import number
+from composer_sassha.reporting.pictures import COLOURS, LINES
 
-# Okabe and Ito's palette without its yellow, which is too pale for paper. The line style tells lines of the
-# same colour apart, and helps where colours are not seen or not printed.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
-LINES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))]
 _EARLY = 0.3  # an axis of what shall be high covers the values after this part of the training
 
 
@@ -38,7 +35,7 @@ class Curve:
     values: dict[str, np.ndarray]
 
 
-def read_curve(runs: Sequence[Run]) -> Curve | None:
+def read_curve(runs: Sequence[GridRun]) -> Curve | None:
     """The curve of one method's finished runs, or None if there is none.
 
     Args:
@@ -108,8 +105,8 @@ def _line(axes: Axes, x: Any, values: np.ndarray, style: dict[str, Any]) -> None
     marker = "o" if len(mean) == 1 else None  # a line through one point cannot be seen
     axes.plot(x, mean, linewidth=1.4, marker=marker, markersize=4, **style)
     if len(values) > 1:
-        spread = values.std(axis=0, ddof=1)
-        axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.1, linewidth=0)
+        deviation = values.std(axis=0, ddof=1)
+        axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.1, linewidth=0)
 
 
 def _scale(axes: Axes, metric: Metric, curves: dict[str, Curve]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from composer_sassha import algorithms
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.config import Recipe
 
 _COMPARED = ("optimizer", "algorithms", "schedules")
@@ -23,14 +23,14 @@ _OF_NO_EFFECT = (
 )
 
 
-def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+def compared_settings(runs: Sequence[GridRun]) -> dict[str, dict[str, str]]:
     """For every method its optimizer, algorithms and schedules, with the settings that matter.
 
     These are the first of each, such as lr or rho, and those that some method has changed from the default.
     Where a method says how many runs it was tuned with, that is shown too.
 
     >>> from composer_sassha.comparison.grid import load_grid
-    >>> runs = [Run(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
+    >>> runs = [GridRun(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
     >>> compared_settings(runs)["sgd"]
     {'optimizer': 'sgd(lr=0.3, weight_decay=0.002)', 'algorithms': '', 'tuning runs': '36'}
     """
@@ -78,7 +78,7 @@ def _text(name: str, component: Any, shown: dict[type, set[str]]) -> str:
     return f"{name}({', '.join(f'{name}={getattr(component, name)}' for name in names)})"
 
 
-def unfair_differences(runs: Sequence[Run]) -> list[str]:
+def unfair_differences(runs: Sequence[GridRun]) -> list[str]:
     """Differences between the methods that a comparison should not have, one line each.
 
     These are all settings but the optimizer, the methods' algorithms and their schedules: any other algorithm
@@ -88,7 +88,7 @@ def unfair_differences(runs: Sequence[Run]) -> list[str]:
     >>> from composer_sassha.comparison.grid import load_grid
     >>> first, second = load_grid("digits", ["sgd", "sam"], seeds=[0])
     >>> second.max_duration = "60ep"
-    >>> unfair_differences([Run(first, None), Run(second, None)])
+    >>> unfair_differences([GridRun(first, None), GridRun(second, None)])
     ['max_duration differs: 30ep (sgd), 60ep (sam)']
     """
     found = {run.recipe.method: _shared_settings(run.recipe) for run in runs}

@@ -44,7 +44,7 @@ def load_grid(
 
 
 @dataclass
-class Run:
+class GridRun:
     """One run of the grid, as its folder has it.
 
     Args:
@@ -75,13 +75,13 @@ class Run:
             return []
 
 
-def look(recipes: Sequence[Recipe]) -> list[Run]:
+def look(recipes: Sequence[Recipe]) -> list[GridRun]:
     """See which of the runs are finished.
 
     Raises:
         ConfigError: a run folder holds something else, such as a run with other settings.
     """
-    return [Run(recipe, earlier_results(recipe)) for recipe in recipes]
+    return [GridRun(recipe, earlier_results(recipe)) for recipe in recipes]
 
 
 def report_folder(recipes: Sequence[Recipe]) -> Path:

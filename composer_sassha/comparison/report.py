@@ -1,9 +1,7 @@
 """The report of a comparison: table.md, table.csv, curves.png, frontier.png and report.html."""
 
-import base64
 import csv
 import io
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,38 +11,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
-from composer_sassha.comparison.frontier import plot_frontier, points_of
-from composer_sassha.comparison.grid import Run
-from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
-from composer_sassha.inspection.section import section
+from composer_sassha.comparison.grid import GridRun
+from composer_sassha.comparison.pareto import plot_frontier, points_of
+from composer_sassha.comparison.rows import Row, best_rows, rows_of, winner
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import step_clock, write_atomically
-
-NOTHING = "-"
-
-
-class Best(str):
-    """The text of a cell that is shown in bold."""
-
-
-@dataclass
-class Table:
-    """Text in columns; the first is aligned to the left, and so are all if it is `prose`."""
-
-    head: list[str]
-    rows: list[list[str]]
-    prose: bool = False
-
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        rows = [[f"**{cell}**" if isinstance(cell, Best) else cell for cell in row] for row in self.rows]
-        align = ["left", *["left" if self.prose else "right"] * (len(self.head) - 1)]
-        return tabulate(rows, self.head, tablefmt="github", disable_numparse=True, colalign=align)
+from composer_sassha.reporting.pictures import base64_text, png_bytes, write_png
+from composer_sassha.reporting.significance import LEVEL, welch
+from composer_sassha.reporting.tables import NOTHING, Best, Table, mean_and_deviation
 
 
 @dataclass
@@ -56,7 +33,7 @@ class Report:
         command: that makes this report.
     """
 
-    runs: list[Run]
+    runs: list[GridRun]
     command: str
     rows: list[Row] = field(init=False)
 
@@ -101,7 +78,9 @@ class Report:
 
     def _means(self, metric: Metric) -> list[str]:
         best = best_rows(self.rows, metric)
-        cells = [spread(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows]
+        cells = [
+            mean_and_deviation(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows
+        ]
         return [Best(cell) if row in best else cell for row, cell in zip(self.rows, cells, strict=True)]
 
     def _p(self, row: Row) -> str:
@@ -207,15 +186,20 @@ class Report:
         writer.writerows(rows)
         return text.getvalue()
 
-    def write(self, folder: Path) -> None:
-        """Write all files; nothing that they show comes from elsewhere."""
+    def write(self, folder: Path, sections: Sequence[str] = ()) -> None:
+        """Write all files.
+
+        Args:
+            folder: for the files.
+            sections: HTML that the page shows before the settings.
+        """
         name = self.runs[0].recipe.name
         curves = {row.method: curve for row in self.rows if (curve := read_curve(row.runs)) is not None}
         pictures = {}
         if curves:
-            pictures["curves"] = _png(plot_curves(curves, self.metrics, self.heldout, name))
+            pictures["curves"] = png_bytes(plot_curves(curves, self.metrics, self.heldout, name))
         if len(points := points_of(self.rows, self.metrics[0], self._clock)) > 1:
-            pictures["frontier"] = _png(
+            pictures["frontier"] = png_bytes(
                 plot_frontier(points, self.metrics[0], self.heldout, name, self.baseline)
             )
         page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
@@ -224,14 +208,14 @@ class Report:
             report=self,
             name=name,
             each_run=self._each_run(),
-            pictures={key: base64.b64encode(png).decode() for key, png in pictures.items()},
-            sharpness=Markup(section(folder)),  # of runs that were inspected
+            pictures={key: base64_text(png) for key, png in pictures.items()},
+            sections=[Markup(section) for section in sections],
         )
         write_atomically(folder / "table.md", f"# {name}\n\n{self.results_text()}\n{self.settings_text()}")
         write_atomically(folder / "table.csv", self.csv())
         write_atomically(folder / "report.html", html)
         for key, png in pictures.items():
-            (folder / f"{key}.png").write_bytes(png)
+            write_png(png, folder / f"{key}.png")
 
     def _each_run(self) -> Table:
         head = [
@@ -247,7 +231,7 @@ class Report:
                 rows.append([str(run), run.state, *[NOTHING] * (len(head) - 2)])
                 continue
             single = Row(run.recipe.method, [run])
-            values = [spread(single.mean(metric), None, metric.digits) for metric in self.metrics]
+            values = [mean_and_deviation(single.mean(metric), None, metric.digits) for metric in self.metrics]
             times = [f"{results['seconds']:.1f}", f"{1000 * results['seconds_per_step']:.1f}"]
             rows.append([str(run), *values, *times, str(results["steps"])])
         return Table(head, rows)
@@ -255,20 +239,6 @@ class Report:
 
 def _said(lists: dict[str, list[str]]) -> list[str]:
     return [f"{what}: {', '.join(names)}." for what, names in lists.items() if names]
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
-
-
-def spread(mean: float | None, deviation: float | None, digits: int) -> str:
-    if mean is None:
-        return NOTHING
-    if not math.isfinite(mean):
-        return "not finite"
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _seeds(row: Row) -> str:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from composer_sassha.comparison.pareto import Point, frontier, plot_frontier
 from matplotlib.colors import to_hex
 from omegaconf import OmegaConf
 from scipy.stats import t
 
 from composer_sassha.comparison import jobs
 from composer_sassha.comparison.curves import Curve, plot_curves
-from composer_sassha.comparison.frontier import Point, frontier, plot_frontier
 from composer_sassha.comparison.grid import load_grid
 from composer_sassha.comparison.jobs import Job, run_jobs
 from composer_sassha.recipes.config import Recipe
@@ -125,7 +125,8 @@ def test_a_launcher_is_refused(
 def test_a_missing_optional_package_is_one_line(
     package: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith((package, "composer_sassha.comparison."))]:
+    ours = ("composer_sassha.comparison.", "composer_sassha.inspection.", "composer_sassha.reporting.")
+    for name in [n for n in sys.modules if n.startswith((package, *ours))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     message = refused(["digits"], folder, capsys)
@@ -499,7 +500,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*arguments: Any) -> None:
         raise stop
 
-    monkeypatch.setattr(compare, "_train", interrupted)
+    monkeypatch.setattr("composer_sassha.commands.compare._train", interrupted)
     assert compare(["digits", "--methods", "sgd"]) == status
     assert (
         capsys.readouterr().err

@@ -10,9 +10,9 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
-from composer_sassha.comparison.curves import COLOURS
-from composer_sassha.comparison.table import Row
+from composer_sassha.comparison.rows import Row
 from composer_sassha.recipes.metrics import Metric
+from composer_sassha.reporting.pictures import COLOURS
 
 _MARKERS = "os^DvPX*"
 

@@ -1,7 +1,6 @@
-"""The table of a comparison: what the seeds of each method add up to, and whether methods differ."""
+"""The rows of a comparison: each method, with what its seeds add up to."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +8,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.metrics import Metric
 from composer_sassha.recipes.run_log import number
-
-LEVEL = 0.05  # of significance, for all tests of a table together
 
 
 @dataclass
@@ -23,7 +19,7 @@ class Row:
     """One method: its runs, and what is measured on those that are finished."""
 
     method: str
-    runs: list[Run]
+    runs: list[GridRun]
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -73,7 +69,7 @@ class Row:
         )
 
 
-def rows_of(runs: Iterable[Run]) -> list[Row]:
+def rows_of(runs: Iterable[GridRun]) -> list[Row]:
     """One row for each method, in the order of the runs."""
     rows: dict[str, Row] = {}
     for run in runs:
@@ -98,24 +94,3 @@ def winner(rows: Sequence[Row], metrics: Sequence[Metric]) -> Row | None:
     """The best row in the first metric, between equals in the last; None if there is no finite mean."""
     best = best_rows(rows, metrics[0])
     return (best_rows(best, metrics[-1]) or best)[0] if best else None
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of Welch's t-test; None where it does not exist.
-
-    That is with fewer than two values on either side, where neither side varies, and with values that are not
-    finite.
-
-    >>> round(welch([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]), 4)
-    0.2838
-    >>> welch([1.0], [1.0, 2.0]) is welch([1.0, 1.0], [2.0, 2.0]) is None
-    True
-    """
-    if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Precision loss"
-        )  # one side does not vary, which is no harm
-        p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)
-    return p if math.isfinite(p) else None

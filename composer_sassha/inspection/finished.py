@@ -1,0 +1,99 @@
+"""Finished runs on disk, which can be measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+
+from composer_sassha.recipes.config import Recipe, load_recipe
+from composer_sassha.recipes.errors import ConfigError
+from composer_sassha.recipes.folder import LATEST, read_results
+
+
+@dataclass
+class Finished:
+    """A finished run.
+
+    Args:
+        folder: where it lies; a run may have been moved since its settings were written.
+        recipe: its settings.
+        results: the content of its results.json.
+        checkpoint: the newest.
+    """
+
+    folder: Path
+    recipe: Recipe
+    results: dict[str, Any]
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return f"{self.recipe.method}/seed{self.recipe.seed}"
+
+    @property
+    def version(self) -> list[Any]:
+        """What tells this checkpoint from one that the same run has after training again."""
+        status = self.checkpoint.stat()
+        return [self.checkpoint.name, status.st_size, status.st_mtime_ns]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The model's state in the checkpoint."""
+        try:
+            return torch.load(self.checkpoint, map_location="cpu", weights_only=False)["state"]["model"]
+        except Exception as error:  # whatever a damaged or foreign file makes of unpickling
+            raise ConfigError(f"{self.checkpoint}: cannot be loaded ({error}); restore it") from error
+
+
+def find_run(folder: Path, overrides: Sequence[str] = ()) -> Finished:
+    """Look at a run folder.
+
+    Args:
+        folder: with config.yaml, results.json and checkpoints/.
+        overrides: `data.key=value`, for a data set that lies elsewhere now.
+
+    Raises:
+        ConfigError: it is not a run, or an unfinished one, or lacks a checkpoint; in one line.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        there = "is not the folder of a run" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"{folder}: {there}; name one such as runs/digits/sgd/seed0")
+    for override in overrides:
+        if not override.startswith("data."):
+            raise ConfigError(
+                f"{override}: only settings of the data can be others here, such as data.root=..."
+            )
+    try:
+        recipe = load_recipe(config, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: holds a run that cannot be read ({error})") from error
+    results = folder / "results.json"
+    if not results.exists():
+        raise ConfigError(
+            f"{folder}: is not finished; python -m composer_sassha train {config} goes on with it"
+        )
+    found = read_results(results)
+    if found is None:
+        raise ConfigError(f"{results}: is damaged; delete it, and training the run again writes it again")
+    checkpoints = folder / "checkpoints"
+    newest = checkpoints / LATEST
+    whole = [newest] if newest.exists() else [*checkpoints.glob("ep*-ba*-rank0.pt")]
+    whole = [path.resolve() for path in whole if is_zipfile(path)]
+    if not whole:
+        raise ConfigError(f"{checkpoints}: has no checkpoint that can be read; restore it")
+    return Finished(folder, recipe, found, max(whole, key=lambda path: path.stat().st_mtime_ns))
+
+
+def comparison_folder(runs: Sequence[Finished]) -> Path:
+    """Return the folder of the comparison that all these runs belong to.
+
+    Raises:
+        ConfigError: they belong to several.
+    """
+    homes = {run.folder.resolve().parents[1]: run for run in runs}
+    if len(homes) > 1:
+        first, second = [str(run.folder) for run in homes.values()][:2]
+        raise ConfigError(f"{first} and {second}: are of two comparisons; inspect one at a time")
+    return next(iter(homes))
