@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from composer_sassha.comparison.fairness import unfair_differences
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.config import Recipe, load_recipe, read_recipe
 from composer_sassha.recipes.data import CIFAR10, CIFAR100, SVHN, FashionMNIST
 from composer_sassha.recipes.data.images import Split
@@ -403,7 +403,7 @@ def test_a_row_of_a_table_differs_from_its_baseline_in_the_method_alone(name: st
         found = recipe(name, method)
         base = recipe(name, found.baseline or "")
         assert base.method.partition("_")[2] == column
-        assert unfair_differences([Run(found, None), Run(base, None)]) == []
+        assert unfair_differences([GridRun(found, None), GridRun(base, None)]) == []
         assert found.optimizer == base.optimizer
         assert (found.optimizer.lr, found.optimizer.weight_decay) == (lr, decay)
         assert found.algorithms.keys() - base.algorithms.keys() == ({kind} if found != base else set())
