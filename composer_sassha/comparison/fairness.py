@@ -65,11 +65,15 @@ def _first_and_changed(component: Any) -> set[str]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(component)
     }
-    changed = {name for name in defaults if _plain(getattr(component, name)) != _plain(defaults[name])}
+    changed = {
+        name
+        for name in defaults
+        if _list_if_tuple(getattr(component, name)) != _list_if_tuple(defaults[name])
+    }
     return changed | set(list(defaults)[:1])
 
 
-def _plain(value: Any) -> Any:
+def _list_if_tuple(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

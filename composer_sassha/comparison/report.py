@@ -15,7 +15,7 @@ from markupsafe import Markup
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
 from composer_sassha.comparison.grid import GridRun
-from composer_sassha.comparison.pareto import plot_frontier, points_of
+from composer_sassha.comparison.pareto import outcomes_of, plot_pareto_front
 from composer_sassha.comparison.rows import Row, best_rows, rows_of, winner
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.run_log import step_clock, write_atomically
@@ -198,9 +198,9 @@ class Report:
         pictures = {}
         if curves:
             pictures["curves"] = png_bytes(plot_curves(curves, self.metrics, self.heldout, name))
-        if len(points := points_of(self.rows, self.metrics[0], self._clock)) > 1:
+        if len(outcomes := outcomes_of(self.rows, self.metrics[0], self._clock)) > 1:
             pictures["frontier"] = png_bytes(
-                plot_frontier(points, self.metrics[0], self.heldout, name, self.baseline)
+                plot_pareto_front(outcomes, self.metrics[0], self.heldout, name, self.baseline)
             )
         page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
         page.tests["best"] = lambda cell: isinstance(cell, Best)
