@@ -1,12 +1,12 @@
-"""What a step of each method costs, here or elsewhere: `python -m composer_sassha bench [RECIPE] ...`.
+"""Measure or predict the cost of a step of each method: `python -m composer_sassha bench [RECIPE] ...`.
 
-Here: every method of the recipe, its floor (the same passes with nothing around them) and plain SGD and AdamW
-take turns in one process, step by step. The table has the time of a step, its ratio to SGD's and to the
-floor's, the time of the update alone beside AdamW's, and memory; `bench.json` and `bench.png` have the same.
-See `composer_sassha.benchmark`.
+Without `--plan`, every method of the recipe, its floor (the same passes with nothing around them) and plain
+SGD and AdamW take turns in one process, step by step. The table has the time of a step, its ratios to SGD's
+and to the floor's, the ratio of the update alone to AdamW's, and memory. `bench.json` and `bench.png` have the
+same.
 
-With `--plan`: the step time on several ranks, from steps on one process and the collectives between them. See
-`composer_sassha.benchmark.plan`.
+With `--plan`, the step time on several ranks is predicted from steps on one process and the collectives
+between ranks. See `composer_sassha.benchmark.prediction`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ examples:
   python -m composer_sassha bench digits --methods sgd,sassha sassha:algorithms.sassha.hessian_interval=5
   python -m composer_sassha bench --plan                   every method of the digits recipe on 8 ranks
   python -m composer_sassha bench --plan my.yaml --ranks 64 --link 100Gbit/s --latency 5us
-  composer -n 2 -m composer_sassha bench --plan digits     on two processes: predicted, and measured
+  composer -n 2 -m composer_sassha bench --plan digits     on two processes, predicted and measured
 """
 INTERRUPTED = "interrupted; nothing was written"
 MEASURE = "measure"  # the --link that is measured
@@ -61,7 +61,7 @@ def _parser() -> CommandParser:
         nargs="*",
         metavar="RECIPE, key=value",
         help="a YAML file or the name of a bundled recipe (default: digits), then settings that win over its "
-        "own, in every method, or in one: METHOD:key=value",
+        "own, in every method, or in one as METHOD:key=value",
     )
     parser.add_argument(
         "--methods", type=names, default=[], metavar="A,B", help="the methods to measure (default: all)"
@@ -83,7 +83,7 @@ def _parser() -> CommandParser:
     here.add_argument(
         "--device", metavar="D", choices=("cpu", "gpu"), help="cpu or gpu (default: gpu if there is one)"
     )
-    here.add_argument("--out", metavar="DIR", help="where bench.json and bench.png go (default: runs/bench)")
+    here.add_argument("--out", metavar="DIR", help="folder of bench.json and bench.png (default: runs/bench)")
     plan = parser.add_argument_group("predicting")
     plan.add_argument("--plan", action="store_true", help="predict the step time on several ranks")
     plan.add_argument(
@@ -96,11 +96,11 @@ def _parser() -> CommandParser:
         "--link",
         type=_link,
         metavar="SPEED",
-        help="of the slowest link between ranks, such as 10Gbit/s, the default; 'measure', the default on "
+        help="speed of the slowest link between ranks (default: 10Gbit/s); 'measure' is the default on "
         "several processes",
     )
     plan.add_argument(
-        "--latency", type=duration, metavar="TIME", help="of a message on that link (default: 20us)"
+        "--latency", type=duration, metavar="TIME", help="latency of a message on that link (default: 20us)"
     )
     return parser
 
@@ -132,7 +132,7 @@ def _predict(given: argparse.Namespace) -> list[str]:
     if measured and here == 1:
         raise ConfigError("--link=measure: there is one process; start several with composer -n 2 -m ...")
     if measured and given.latency is not None:
-        raise ConfigError("--latency: it is measured with the link; set --link too, or neither")
+        raise ConfigError("--latency: is measured with the link; set --link too, or neither")
     recipes = _recipes(given)
     from composer_sassha.benchmark.link import Link
     from composer_sassha.benchmark.plan import plan_lines

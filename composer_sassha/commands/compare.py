@@ -24,12 +24,11 @@ _EXAMPLES = """\
 examples:
   python -m composer_sassha compare digits                         every method with seeds 0, 1 and 2
   python -m composer_sassha compare digits --methods sgd,sam --seeds 0,1,2,3,4 --jobs 2
-  python -m composer_sassha compare digits --table                 what the runs so far add up to
+  python -m composer_sassha compare digits --table                 the table of the runs so far
   python -m composer_sassha compare my.yaml max_duration=5ep save_folder=short
 
-Each run is a call of train: those that are finished are left alone, and those that were
-stopped are continued. <save_folder>/<recipe name> gets report.html, table.md, table.csv, curves.png and
-frontier.png.
+Each run is a call of train. Finished runs are left alone, and stopped ones are continued.
+<save_folder>/<recipe name> gets report.html, table.md, table.csv, curves.png and frontier.png.
 """
 
 
@@ -42,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     recipe, overrides = recipe_and_overrides(arguments.arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("compare: starts processes of its own; run it with python -m, without a launcher")
-    # Only now, as they import torch and Composer, which --help need not wait for.
+    # Imported here because torch and Composer would delay --help.
     from composer_sassha.comparison.grid import load_grid, look, report_folder
     from composer_sassha.comparison.report import Report
     from composer_sassha.inspection.section import sharpness_section
@@ -74,7 +73,7 @@ def _train(runs: Sequence["GridRun"], recipe: str, overrides: Sequence[str], at_
 
     from composer_sassha.comparison.jobs import Job, run_jobs, visible_devices
 
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
     tethered = [sys.executable, "-m", "composer_sassha.comparison.tethered"]  # ends with this process
     train = [*tethered, "composer_sassha", "train", recipe, *overrides]
@@ -97,7 +96,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m composer_sassha compare",
         usage="%(prog)s RECIPE [--methods A,B] [--seeds 0,1] [--jobs N] [--table] [key=value ...]",
-        description="Train the methods of a recipe with several seeds, and report what they add up to.",
+        description="Train the methods of a recipe with several seeds, and report means, tests and costs.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -111,6 +110,6 @@ def _parser() -> CommandParser:
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], metavar="0,1", help="0,1,2 by default")
     parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="runs at the same time (1)")
     parser.add_argument(
-        "--table", action="store_true", help="print the table of what is there; run and write nothing"
+        "--table", action="store_true", help="print the table of the runs so far; run and write nothing"
     )
     return parser

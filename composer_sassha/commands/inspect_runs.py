@@ -1,4 +1,4 @@
-"""Look at finished runs: `python -m composer_sassha inspect RUN [RUN ...] [options] [data.key=value ...]`."""
+"""Measure finished runs: `python -m composer_sassha inspect RUN [RUN ...] [options] [data.key=value ...]`."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ examples:
 Measures the last checkpoint of each run: the largest eigenvalues, the trace and the spectral density of the
 Hessian, SAM's, ASAM's, average-case and m-sharpness, and the loss along directions and between runs. The
 folder of the comparison gets sharpness.json, spectra.png, lines.png and planes.png, and its report.html a
-section with them. What is measured already is left alone.
+section with them. Runs that are measured already are left alone.
 """
 
 
@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if not paths:
         raise ConfigError("RUN: not given; name the folders of finished runs, such as runs/digits/*/seed*")
     settings = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
-    # Only now, as it imports torch and Composer, which --help need not wait for.
+    # Imported here because torch and Composer would delay --help.
     from composer_sassha.comparison.grid import GridRun
     from composer_sassha.comparison.report import Report
     from composer_sassha.inspection.record import read_record
@@ -62,7 +62,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m composer_sassha inspect",
         usage="%(prog)s RUN [RUN ...] [--split train] [--samples N] [options] [data.key=value ...]",
-        description="Measure how sharp the minima are that runs have ended in, and draw them side by side.",
+        description="Measure and draw how sharp the minima of finished runs are.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -80,14 +80,14 @@ def _parser() -> CommandParser:
         help="the data: heldout (default), or train, augmented as in training",
     )
     for option, kind, metavar, what in (
-        ("samples", at_least_one, "N", "drawn from it, the same for all runs"),
+        ("samples", at_least_one, "N", "number drawn from it, the same for all runs"),
         ("batch-size", at_least_one, "N", "samples in one pass"),
         ("rho", above_zero, "R", "radius of SAM's sharpness, m-sharpness and the average"),
         ("asam-rho", above_zero, "R", "radius of adaptive sharpness"),
         ("trace-samples", at_least_two, "N", "random vectors for the trace"),
-        ("steps", at_least_one, "N", "of Lanczos for each of the spectrum's probes"),
+        ("steps", at_least_one, "N", "Lanczos steps for each of the spectrum's probes"),
         ("probes", at_least_one, "N", "random vectors for the spectrum"),
-        ("points", at_least_two, "N", "on each line; half as many along a side of the plane"),
+        ("points", at_least_two, "N", "points on each line; half of it along a side of the plane"),
     ):
         value = getattr(default, option.replace("-", "_"))
         parser.add_argument(

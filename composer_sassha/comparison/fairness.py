@@ -1,4 +1,4 @@
-"""Whether the methods of a comparison differ in what is compared, and in nothing else."""
+"""Check that the methods of a comparison differ in what is compared, and in nothing else."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,10 +24,13 @@ _OF_NO_EFFECT = (
 
 
 def compared_settings(runs: Sequence[GridRun]) -> dict[str, dict[str, str]]:
-    """For every method its optimizer, algorithms and schedules, with the settings that matter.
+    """Return the optimizer, algorithms and schedules of every method, with the settings that matter.
 
-    These are the first of each, such as lr or rho, and those that some method has changed from the default.
-    Where a method says how many runs it was tuned with, that is shown too.
+    These are the first of each, such as lr or rho, and those that some method changes from the default. The
+    number of tuning runs is shown too if some method has one.
+
+    Args:
+        runs: of all methods.
 
     >>> from composer_sassha.comparison.grid import load_grid
     >>> runs = [GridRun(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
@@ -51,7 +54,7 @@ def compared_settings(runs: Sequence[GridRun]) -> dict[str, dict[str, str]]:
 
 
 def _components(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The parts of each section by what they are called."""
+    """Return the components of each section by name."""
     names = {key: part["name"] for key, part in recipe.settings()["schedules"].items()}
     return {
         "optimizer": {recipe.settings()["optimizer"]["name"]: recipe.optimizer},
@@ -83,11 +86,14 @@ def _text(name: str, component: Any, shown: dict[type, set[str]]) -> str:
 
 
 def unfair_differences(runs: Sequence[GridRun]) -> list[str]:
-    """Differences between the methods that a comparison should not have, one line each.
+    """Return the differences between the methods that a comparison should not have, one line each.
 
-    These are all settings but the optimizer, the methods' algorithms and their schedules: any other algorithm
-    (gradient clipping, label smoothing) should be every method's or none's. And what the finished runs were
-    trained on: which kind of device, how many processes, which seeds.
+    All settings count except the optimizer, the methods' algorithms and their schedules. Any other algorithm,
+    such as gradient clipping, should belong to every method or to none. Finished runs should have the same
+    kind of device, number of processes and seeds.
+
+    Args:
+        runs: of all methods.
 
     >>> from composer_sassha.comparison.grid import load_grid
     >>> first, second = load_grid("digits", ["sgd", "sam"], seeds=[0])
@@ -117,7 +123,7 @@ def unfair_differences(runs: Sequence[GridRun]) -> list[str]:
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, str]:
-    """The settings that all methods should have alike; an algorithm that makes no method is one of them."""
+    """Return the settings that all methods should share, among them algorithms that are not methods."""
     settings = {
         key: str(value)
         for key, value in recipe.flat_settings().items()

@@ -26,11 +26,11 @@ from composer_sassha.reporting.tables import NOTHING, Best, Table, mean_and_devi
 
 @dataclass
 class Report:
-    """What a comparison found.
+    """The results of a comparison.
 
     Args:
-        runs: the grid.
-        command: that makes this report.
+        runs: runs of the grid.
+        command: the command that makes this report.
     """
 
     runs: list[GridRun]
@@ -58,10 +58,10 @@ class Report:
         self.level = LEVEL / max(1, len(tests))
 
     def table(self) -> Table:
-        """The results, one row for each method."""
+        """Return the results, one row for each method."""
         columns = {"method": [row.method for row in self.rows], "seeds": [_seeds(row) for row in self.rows]}
         means = {f"{self.heldout} {metric.label}": self._means(metric) for metric in self.metrics}
-        columns |= dict(list(means.items())[:1])  # what is published is the first of them
+        columns |= dict(list(means.items())[:1])  # published values are of the first metric
         if any(row.reported is not None for row in self.rows):
             unit = ", %" if self.metrics and self.metrics[0].percent else ""
             digits = self.metrics[0].digits if self.metrics else 2
@@ -90,7 +90,7 @@ class Report:
         return NOTHING if p is None else f"{p:.2g}{'*' if p < self.level else ' n.s.'}"
 
     def notes(self) -> list[str]:
-        """What the table says, and what to bear in mind when reading it."""
+        """Return what the table says, and what limits it."""
         notes = [
             "Mean ± standard deviation over the seeds, the best mean in bold; medians of the times. Runs "
             "that train at the same time slow each other down: compare times with --jobs 1."
@@ -140,7 +140,7 @@ class Report:
         ]
 
     def settings(self) -> Table:
-        """What the methods set, which is what is compared."""
+        """Return the settings that are compared."""
         rows = compared_settings(self.runs)
         head = list(next(iter(rows.values())))
         cells = [[method, *(row[key] or NOTHING for key in head)] for method, row in rows.items()]
@@ -148,21 +148,21 @@ class Report:
 
     @property
     def intro(self) -> str:
-        """What the table of settings shows."""
+        """Return the introduction to the table of settings."""
         same = " All other settings are the same." if len(self.rows) > 1 and not self.unfair else ""
         return f"What the methods set, without what all of them leave at its default.{same}"
 
     def settings_text(self) -> str:
-        """The settings that differ, and a warning for each that should not, in Markdown."""
+        """Return the settings that differ, and a warning for each that should not, in Markdown."""
         warnings = [f"warning: {line}" for line in self.unfair]
         return "\n\n".join([self.intro, self.settings().markdown(), *warnings]) + "\n"
 
     def results_text(self) -> str:
-        """The table and the notes, in Markdown."""
+        """Return the table and the notes in Markdown."""
         return "\n".join([self.table().markdown(), "", *(f"- {note}" for note in self.notes())]) + "\n"
 
     def csv(self) -> str:
-        """The table as plain numbers, with empty fields where there are none."""
+        """Return the table as plain numbers, with empty fields where there are none."""
         rows = []
         for row in self.rows:
             costs = row.cost(self._baseline_results, self._clock)

@@ -9,5 +9,9 @@ EIGEN_EXTENT = 0.5  # along eigenvectors, which have length 1
 
 
 def line_points(options: Options) -> list[float]:
-    """Where the lines are measured, from -1 to 1, in units of each line's extent."""
+    """Return where the lines are measured, from -1 to 1, in units of each line's extent.
+
+    Args:
+        options: give the number of points.
+    """
     return np.linspace(-1.0, 1.0, options.points).tolist()

@@ -18,10 +18,10 @@ class Finished:
     """A finished run.
 
     Args:
-        folder: where it lies; a run may have been moved since its settings were written.
+        folder: its folder, which may have moved since its settings were written.
         recipe: its settings.
-        results: the content of its results.json.
-        checkpoint: the newest.
+        results: content of its results.json.
+        checkpoint: the newest one.
     """
 
     folder: Path
@@ -34,27 +34,27 @@ class Finished:
 
     @property
     def version(self) -> list[Any]:
-        """What tells this checkpoint from one that the same run has after training again."""
+        """Return what differs if the run is trained again: name, size and time of the checkpoint."""
         status = self.checkpoint.stat()
         return [self.checkpoint.name, status.st_size, status.st_mtime_ns]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The model's state in the checkpoint."""
+        """Load the state of the model from the checkpoint."""
         try:
             return torch.load(self.checkpoint, map_location="cpu", weights_only=False)["state"]["model"]
-        except Exception as error:  # whatever a damaged or foreign file makes of unpickling
+        except Exception as error:  # unpickling a damaged or foreign file can raise any
             raise ConfigError(f"{self.checkpoint}: cannot be loaded ({error}); restore it") from error
 
 
 def find_run(folder: Path, overrides: Sequence[str] = ()) -> Finished:
-    """Look at a run folder.
+    """Find the results and the newest checkpoint of a run.
 
     Args:
         folder: with config.yaml, results.json and checkpoints/.
-        overrides: `data.key=value`, for a data set that lies elsewhere now.
+        overrides: `data.key=value`, for a data set that has moved.
 
     Raises:
-        ConfigError: it is not a run, or an unfinished one, or lacks a checkpoint; in one line.
+        ConfigError: it is not a run, is not finished, or has no checkpoint.
     """
     config = folder / "config.yaml"
     if not config.is_file():
@@ -62,21 +62,17 @@ def find_run(folder: Path, overrides: Sequence[str] = ()) -> Finished:
         raise ConfigError(f"{folder}: {there}; name one such as runs/digits/sgd/seed0")
     for override in overrides:
         if not override.startswith("data."):
-            raise ConfigError(
-                f"{override}: only settings of the data can be others here, such as data.root=..."
-            )
+            raise ConfigError(f"{override}: only settings of the data can change here, such as data.root=...")
     try:
         recipe = load_recipe(config, overrides)
     except ConfigError as error:
-        raise ConfigError(f"{folder}: holds a run that cannot be read ({error})") from error
+        raise ConfigError(f"{folder}: has a config.yaml that cannot be read ({error})") from error
     results = folder / "results.json"
     if not results.exists():
-        raise ConfigError(
-            f"{folder}: is not finished; python -m composer_sassha train {config} goes on with it"
-        )
+        raise ConfigError(f"{folder}: is not finished; python -m composer_sassha train {config} continues it")
     found = read_results(results)
     if found is None:
-        raise ConfigError(f"{results}: is damaged; delete it, and training the run again writes it again")
+        raise ConfigError(f"{results}: is damaged; delete it, and train the run again to write it")
     checkpoints = folder / "checkpoints"
     newest = checkpoints / LATEST
     whole = [newest] if newest.exists() else [*checkpoints.glob("ep*-ba*-rank0.pt")]

@@ -52,7 +52,7 @@ def measure_run(run: Finished, options: Options, end: Mapping[str, torch.Tensor]
         ConfigError: the run cannot be measured, in one line.
     """
     device = get_device(None)
-    reproducibility.seed_all(0)  # the same samples, augmented in the same way, for all runs
+    reproducibility.seed_all(0)  # so that all runs get the same samples, augmented in the same way
     with config_errors("data"):
         train, heldout = run.recipe.data.build(0)
         loader: Any = train if options.split == "train" else ensure_data_spec(heldout.dataloader).dataloader
@@ -94,7 +94,7 @@ def _try(objective: Objective, run: Finished) -> None:
 
 
 def _sample(loader: DataLoader, options: Options) -> DataLoader:
-    """Some samples of a loader's data set, drawn at random: data on disk are often sorted by class."""
+    """Draw samples of a loader's data set at random, as data on disk are often sorted by class."""
     data: Any = loader.dataset
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     chosen = Subset(data, order[: options.samples].tolist())
@@ -117,7 +117,7 @@ def _numbers(
     options: Options,
     end: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """All that is measured at one set of weights; what is not finite is left out."""
+    """Measure everything at one set of weights; leave out what is not finite."""
     found: dict[str, Any] = {"numbers": {}, "lines": {}, "plane": None, "spectrum": None}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What was measured of the runs of a comparison: the content of sharpness.json."""
+"""Read and write sharpness.json, the measurements of the runs of a comparison."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def write_record(path: Path, found: Found) -> None:
 
 
 def without_nonfinite(tree: Any) -> Any:
-    """Replace what JSON does not have: a number that is not finite becomes None."""
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(tree, Mapping):
         return {key: without_nonfinite(value) for key, value in tree.items()}
     if isinstance(tree, list):

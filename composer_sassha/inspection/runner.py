@@ -27,7 +27,7 @@ def inspect_runs(
         The folder of the comparison, where all this lies, and the runs.
 
     Raises:
-        ConfigError: a run that cannot be measured, in one line. Nothing was written for it.
+        ConfigError: a run cannot be measured. Nothing is written for it.
     """
     runs = [find_run(folder, overrides) for folder in folders]
     home = comparison_folder(runs)

@@ -64,7 +64,7 @@ def sharpness_table(found: Found) -> Table:
 
 
 def _significant(mean: float | None, deviation: float | None) -> str:
-    """Three figures of a mean, and its deviation to the same place."""
+    """Return three figures of a mean, and its deviation to the same place."""
     if mean is None:
         return NOTHING
     size = max(abs(mean), deviation or 0.0)
@@ -125,7 +125,7 @@ def put_section(page: Path, section: str) -> None:
 
 
 def with_section(report: str, section: str) -> str:
-    """Put the section in the place of an earlier one, or else at the end.
+    """Return the page with the section in place of an earlier one, or else at the end.
 
     Args:
         report: the page.

@@ -1,4 +1,4 @@
-"""Whether the values of two methods differ."""
+"""Test whether the values of two methods differ."""
 
 import math
 import warnings
@@ -10,10 +10,14 @@ LEVEL = 0.05  # of significance, for all tests of a table together
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of Welch's t-test; None where it does not exist.
+    """Return the two-sided p of Welch's t-test; None where it does not exist.
 
-    That is with fewer than two values on either side, where neither side varies, and with values that are not
-    finite.
+    It does not exist with fewer than two values on a side, if neither side varies, and for values that are
+    not finite.
+
+    Args:
+        first: values of one method.
+        second: values of the other.
 
     >>> round(welch([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]), 4)
     0.2838
@@ -23,8 +27,7 @@ def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
     if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
         return None
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Precision loss"
-        )  # one side does not vary, which is no harm
+        # It warns if one side does not vary; the result is right.
+        warnings.filterwarnings("ignore", message="Precision loss")
         p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)
     return p if math.isfinite(p) else None

@@ -120,7 +120,7 @@ def test_ranks_that_are_started_and_asked_for_must_agree(
     assert bench(["--plan", "--ranks", "8"]) == 2
     assert "--ranks=8: 2 processes are started" in capsys.readouterr().err
     assert bench(["--plan", "--latency", "1us"]) == 2
-    assert "--latency: it is measured" in capsys.readouterr().err
+    assert "--latency: is measured" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
