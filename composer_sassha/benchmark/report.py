@@ -123,7 +123,7 @@ def plot_measurement(results: Mapping[str, Any]) -> "Figure":
     from matplotlib.figure import Figure
 
     methods = results["methods"]
-    figure = Figure(figsize=(11, 1.6 + 0.45 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 0.45 * len(methods)), layout="constrained")
     figure.suptitle(_setting(results))
     time, memory = figure.subplots(1, 2, sharey=True)
     places = range(len(methods))
@@ -147,6 +147,8 @@ def plot_measurement(results: Mapping[str, Any]) -> "Figure":
     ):
         values = [(i, found["memory"][key]) for i, found in enumerate(methods.values())]
         there = [(i + shift, 1e-6 * v) for i, v in values if v is not None]
+        if not there:
+            continue
         memory.barh(
             [y for y, _ in there],
             [v for _, v in there],
@@ -160,7 +162,10 @@ def plot_measurement(results: Mapping[str, Any]) -> "Figure":
     for axes in (time, memory):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    # The layout makes room for a figure's legends, but not for those of axes.
+    style: dict[str, Any] = {"ncols": 2, "frameon": False}
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower left", **style)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower right", **style)
     time.margins(x=0.15)
     return figure
 
@@ -174,6 +179,8 @@ def _bars(
     hatch: str | None = None,
 ) -> None:
     there = [(i + shift, s) for i, s in enumerate(intervals) if s is not None]
+    if not there:
+        return
     errors = [[s["median"] - s["low"] for _, s in there], [s["high"] - s["median"] for _, s in there]]
     axes.barh(
         [y for y, _ in there],

@@ -1,9 +1,8 @@
 """Measure or predict the cost of a step of each method: `python -m composer_sassha bench [RECIPE] ...`.
 
 Without `--plan`, every method of the recipe, its floor (the same passes with nothing around them) and plain
-SGD and AdamW take turns in one process, step by step. The table has the time of a step, its ratios to SGD's
-and to the floor's, the ratio of the update alone to AdamW's, and memory. `bench.json` and `bench.png` have the
-same.
+SGD and AdamW take turns in one process, step by step. The table, `bench.json` and `bench.png` have the time
+of a step, its ratios to SGD's and to the floor's, the ratio of the update alone to AdamW's, and memory.
 
 With `--plan`, the step time on several ranks is predicted from steps on one process and the collectives
 between ranks. See `composer_sassha.benchmark.prediction`.

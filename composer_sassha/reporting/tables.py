@@ -22,9 +22,8 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""
-        return self._text(
-            [[f"**{c}**" if isinstance(c, Best) else c for c in row] for row in self.rows], "github"
-        )
+        rows = [[f"**{cell}**" if isinstance(cell, Best) else cell for cell in row] for row in self.rows]
+        return tabulate(rows, self.head, tablefmt="github", disable_numparse=True, colalign=self._align)
 
     def plain(self) -> str:
         """Return the table as aligned lines.
@@ -34,11 +33,14 @@ class Table:
         sgd       9.5
         sam     18.25
         """
-        return self._text(self.rows, "plain")
+        # The head is the first row, as tabulate pads a column under a head by two more blanks.
+        return tabulate(
+            [self.head, *self.rows], tablefmt="plain", disable_numparse=True, colalign=self._align
+        )
 
-    def _text(self, rows: list[list[str]], form: str) -> str:
-        align = ["left", *["left" if self.prose else "right"] * (len(self.head) - 1)]
-        return tabulate(rows, self.head, tablefmt=form, disable_numparse=True, colalign=align)
+    @property
+    def _align(self) -> list[str]:
+        return ["left", *["left" if self.prose else "right"] * (len(self.head) - 1)]
 
 
 def mean_and_deviation(mean: float | None, deviation: float | None, digits: int) -> str:
