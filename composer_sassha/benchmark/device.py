@@ -1,4 +1,4 @@
-"""What a step asks of a GPU: kernels, and moments in which the processor waits for it."""
+"""Count the kernels that a step launches on a GPU, and how often the processor waits for it."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from composer_sassha.benchmark.steps import Kind, Run
+from composer_sassha.benchmark.steps import Kind, Stepper
 
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 _COPIES = ("Memcpy", "Memset")
@@ -19,15 +19,15 @@ class Launches(NamedTuple):
     waits: int
 
 
-def launches(run: Run, kind: Kind) -> Launches:
+def launches(stepper: Stepper, kind: Kind) -> Launches:
     """Count what a step launches and waits for, the start of `fit()` and the profiler's own wait included.
 
     Args:
-        run: on a GPU, warmed up.
+        stepper: on a GPU, warmed up.
         kind: of the step.
     """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
-        run.take(kind)
+        stepper.take(kind)
     return counted(profiled.events())
 
 

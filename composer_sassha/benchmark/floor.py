@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 
 from composer_sassha.algorithms import ESAM, wiring
 from composer_sassha.algorithms.base import methods_of
-from composer_sassha.benchmark.steps import Kind, Run, Timing
+from composer_sassha.benchmark.steps import Kind, Stepper, Timing
 from composer_sassha.curvature import LazyCurvature
 from composer_sassha.recipes.config import Recipe
 
 
 def passes(optimizer: Any, kind: Kind) -> int:
-    """How many forward and backward passes a step takes.
+    """Return the number of forward and backward passes of a step.
 
     Args:
         optimizer: the Trainer's, wrapped by our algorithms or not.
@@ -36,13 +36,13 @@ def passes(optimizer: Any, kind: Kind) -> int:
     return 2 if kind.perturbs and optimizer.perturbation.ascends else 1
 
 
-def has_floor(run: Run) -> bool:
-    """Whether a method's steps are whole passes and products with the Hessian, so that they have a floor.
+def has_floor(stepper: Stepper) -> bool:
+    """Return whether a method's steps consist of whole passes and products with the Hessian.
 
-    ESAM's second pass and a partial ascent take a part of the batch, and estimates other than Hutchinson's on
-    the whole batch take something else than such a product.
+    ESAM's second pass and a partial ascent take a part of the batch. Only Hutchinson's estimate on the whole
+    batch takes one product per sample.
     """
-    methods = methods_of(run.trainer.state.algorithms)
+    methods = methods_of(stepper.trainer.state.algorithms)
     return not any(
         isinstance(method, ESAM) or method.ascent_fraction < 1 or _takes_something_else(method.curvature)
         for method in methods
@@ -54,7 +54,7 @@ def _takes_something_else(curvature: LazyCurvature | None) -> bool:
 
 
 class BareOptimizer(Optimizer):
-    """Calls the closure once per pass, and does nothing with what it leaves.
+    """An optimizer that calls the closure once per pass and updates nothing.
 
     >>> w = torch.nn.Parameter(torch.zeros(1))
     >>> bare = BareOptimizer([w])
@@ -73,7 +73,7 @@ class BareOptimizer(Optimizer):
         self.last = False  # whether that pass is running
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call the closure; without one, as when a Trainer saves its state, there is nothing to do."""
+        """Call the closure once per pass; without one, as when a Trainer saves its state, do nothing."""
         if closure is None:
             return None
         with differentiable() if self.products else contextlib.nullcontext():
@@ -84,17 +84,17 @@ class BareOptimizer(Optimizer):
 
 
 class BareHessian(Algorithm):
-    """In the last pass of a refresh step: a product of the Hessian with a vector, and the gradient."""
+    """Take products of the Hessian with a vector in the last pass of a refresh step."""
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the start, and in the passes that a `BareOptimizer` says."""
+        """Run at the start, and in the last pass if the `BareOptimizer` asks for products."""
         bare: Any = state.optimizers[0]
         return event == Event.BEFORE_LOAD or (
             event == Event.BEFORE_BACKWARD and bare.last and bare.products > 0
         )
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Differentiate twice, and leave the Trainer's backward nothing to do."""
+        """Differentiate twice, and detach the loss so that the Trainer's backward pass does nothing."""
         if event == Event.BEFORE_LOAD:
             wiring.scale_gradients(state)
             return
@@ -110,7 +110,7 @@ def gradient_and_product(loss: Tensor, params: Sequence[Tensor], products: int) 
     Args:
         loss: a scalar that uses every parameter.
         params: with respect to which it is differentiated.
-        products: how many, >= 1.
+        products: number of products, at least 1.
     """
     grads = torch.autograd.grad(loss, params, create_graph=True)
     ones = [torch.ones_like(p) for p in params]
@@ -120,13 +120,13 @@ def gradient_and_product(loss: Tensor, params: Sequence[Tensor], products: int) 
 
 
 def add_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Leave gradients where a backward pass leaves them."""
+    """Add gradients to `p.grad`, as a backward pass does."""
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad if p.grad is None else p.grad + grad
 
 
 def differentiable() -> contextlib.AbstractContextManager[Any]:
-    """Run without fused attention, which has no second derivative."""
+    """Return a context without fused attention, which has no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -135,47 +135,47 @@ class Floor:
 
     Args:
         recipe: for the Trainer's settings.
-        run: the method, on whose batch and on a copy of whose model the passes run.
-        device: the Trainer's; None: the best there is.
+        stepper: the method, on whose batch and on a copy of whose model the passes run.
+        device: the Trainer's; None takes a GPU if there is one.
     """
 
-    def __init__(self, recipe: Recipe, run: Run, device: str | None = None) -> None:
-        state = run.trainer.state
+    def __init__(self, recipe: Recipe, stepper: Stepper, device: str | None = None) -> None:
+        state = stepper.trainer.state
         model: Any = copy.deepcopy(state.model)
-        self._method = run.optimizer
+        self._method = stepper.optimizer
         self._bare = BareOptimizer([p for p in model.parameters() if p.requires_grad])
-        self._run = Run(recipe, model, run.batch, self._bare, [BareHessian()], device=device)
-        self.schedule = run.schedule
+        self._stepper = Stepper(recipe, model, stepper.batch, self._bare, [BareHessian()], device=device)
+        self.schedule = stepper.schedule
 
     def take(self, kind: Kind) -> Timing:
-        """Take the passes of one step of the method, and return their time."""
+        """Take the passes of one step of the method and return their time."""
         self._bare.passes = passes(self._method, kind)
         self._bare.products = self._method.curvature.samples if kind.refreshes else 0
-        return self._run.take(Kind())
+        return self._stepper.take(Kind())
 
     def close(self) -> None:
         """Close the Trainer."""
-        self._run.close()
+        self._stepper.close()
 
 
 class Raw:
     """The same passes in PyTorch alone: forward, loss and backward, and on a refresh the product.
 
     Args:
-        run: the method, on whose batch and on a copy of whose model the passes run.
+        stepper: the method, on whose batch and on a copy of whose model the passes run.
     """
 
-    def __init__(self, run: Run) -> None:
-        state = run.trainer.state
+    def __init__(self, stepper: Stepper) -> None:
+        state = stepper.trainer.state
         self._model: Any = copy.deepcopy(state.model).train()
         self._params = [p for p in self._model.parameters() if p.requires_grad]
-        parts = default_split_batch(run.batch, state.device_train_microbatch_size or 1)
+        parts = default_split_batch(stepper.batch, state.device_train_microbatch_size or 1)
         self._microbatches = [state.device.batch_to_device(part) for part in parts]
-        self._state, self._method = state, run.optimizer
-        self.schedule = run.schedule
+        self._state, self._method = state, stepper.optimizer
+        self.schedule = stepper.schedule
 
     def take(self, kind: Kind) -> Timing:
-        """Take the passes of one step of the method, and return their time."""
+        """Take the passes of one step of the method and return their time."""
         on_gpu, count = self._state.device.name == "gpu", passes(self._method, kind)
         _wait(on_gpu)
         now, cpu = time.perf_counter(), time.process_time()
@@ -197,7 +197,7 @@ class Raw:
                 loss.backward()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, as there is no Trainer to close."""
 
 
 def _wait(on_gpu: bool) -> None:

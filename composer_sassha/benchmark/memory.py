@@ -1,4 +1,4 @@
-"""Memory by its largest moment: asked of the allocator on a GPU, added up from its records on a CPU."""
+"""Measure peak memory: ask the allocator on a GPU, add up its records on a CPU."""
 
 import contextlib
 import gc
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from composer_sassha.benchmark.steps import Kind, run_of
+from composer_sassha.benchmark.steps import Kind, stepper_of
 from composer_sassha.recipes.config import Recipe
 
 _MARK = "composer_sassha.memory:"
 
 
 class Memory:
-    """Counts what is allocated and freed within it, and finds the most there was in its watched parts.
+    """Context that finds the peak of the memory allocated since its start, in each of its watched parts.
 
-    On a CPU these are PyTorch's own allocations, without the scratch memory of the libraries that it calls.
+    On a CPU it counts PyTorch's own allocations, without the scratch memory of libraries.
 
     Args:
         device: "cpu" or "gpu".
@@ -33,7 +33,7 @@ class Memory:
     """
 
     def __init__(self, device: str) -> None:
-        self.peaks: dict[Any, int] = {}  # bytes beyond what there was at the start
+        self.peaks: dict[Any, int] = {}  # bytes more than at the start
         self._on_gpu = device == "gpu"
 
     def __enter__(self) -> "Memory":
@@ -51,7 +51,7 @@ class Memory:
         """Find the peak of this part.
 
         Args:
-            name: under which it is in `peaks`, once the whole has ended.
+            name: key in `peaks`, which is complete once the `Memory` has ended.
         """
         self.peaks[name] = 0
         if self._on_gpu:
@@ -68,8 +68,7 @@ class Memory:
         if self._on_gpu:
             return
         self._profile.__exit__(kind, error, trace)
-        # All that was allocated since the start, also what has been freed since: the allocator knows the
-        # size of no other block.
+        # Only blocks from after the start count: the size of an older one is unknown when it is freed.
         now, names, parts = 0, [*self.peaks], []
         events = sorted(self._profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
         for event in events:
@@ -84,28 +83,28 @@ class Memory:
 
 
 class Peaks(NamedTuple):
-    """The most memory in each kind of step, in bytes, and whether a refresh estimates on the whole batch."""
+    """The peak of each kind of step in bytes, and whether a refresh estimates on the whole batch."""
 
     kinds: dict[Kind, int]
     whole: bool
 
 
 def peaks(recipe: Recipe, device: str) -> Peaks:
-    """The peak of each kind of step: parameters, optimizer state, gradients, and all that a step adds.
+    """Return the peak of each kind of step, with parameters, optimizer state and gradients.
 
     Args:
         recipe: with the method.
         device: "cpu" or "gpu".
     """
     with Memory(device) as memory:
-        run = run_of(recipe, device=device)
+        stepper = stepper_of(recipe, device=device)
         try:
-            for kind in run.schedule:  # the optimizer's state is made
-                run.take(kind)
-            for kind in run.schedule:
+            for kind in stepper.schedule:  # allocates the optimizer's state
+                stepper.take(kind)
+            for kind in stepper.schedule:
                 with memory.watched(kind):
-                    run.take(kind)
+                    stepper.take(kind)
         finally:
-            run.close()
-    curvature = getattr(run.optimizer, "curvature", None)
+            stepper.close()
+    curvature = getattr(stepper.optimizer, "curvature", None)
     return Peaks(memory.peaks, whole=curvature is None or curvature.batch_fraction == 1)

@@ -1,25 +1,26 @@
-"""What the measurement leaves: a table, `bench.json` and a bar chart."""
+"""Report a measurement: a table, `bench.json` and a bar chart."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer_sassha.recipes.files import write_atomically
+from composer_sassha.reporting.pictures import BLACK, BLUE, ORANGE, png_bytes, write_png
+from composer_sassha.reporting.tables import NOTHING, Table
 
-# Of Okabe and Ito's palette, which every kind of eyes tells apart, and in grey too.
-_BLUE, _ORANGE, _BLACK = "#0072B2", "#E69F00", "#000000"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def lines(results: Mapping[str, Any]) -> Iterator[str]:
-    """The lines to print: the setting, the table, what it means, and warnings.
+def report_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines to print: the setting, the table, what it means, and warnings.
 
     Args:
-        results: from `measure`.
+        results: from `measure_methods`.
     """
     yield f"{_setting(results)}, {results['parameters']:,} parameters, {results['threads']} threads"
-    yield from table(
+    yield Table(
         [
             "method",
             "ms/step",
@@ -33,33 +34,33 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
             "4 microbatches",
         ],
         [[method, *_cells(found)] for method, found in results["methods"].items()],
-    )
+    ).plain()
     if results["device"] == "gpu":
-        yield from table(
+        yield Table(
             ["method", "step", "kernels", "waits"],
             [
                 [method, kind, str(count["kernels"]), str(count["waits"])]
                 for method, found in results["methods"].items()
                 for kind, count in found["launches"].items()
             ],
-        )
+        ).plain()
     yield (
         f"Medians of {results['rounds']} rounds in which all take turns, in {results['clock']} time, over "
-        "all kinds of steps; +-: half the interval that has the true median with 95 % confidence."
+        "all kinds of steps; +-: half the 95 % confidence interval of the median."
     )
     yield "floor: the same passes in a Trainer with nothing around them; raw: without a Trainer."
     yield (
         "MB: the most memory in a step; copies: of the parameters, beyond AdamW's; 4 microbatches: of a "
         "refresh, over that in one."
     )
-    yield from warnings(results)
+    yield from warning_lines(results)
 
 
-def warnings(results: Mapping[str, Any]) -> Iterator[str]:
-    """What must not be read into the numbers.
+def warning_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for each method whose ratios are too uncertain.
 
     Args:
-        results: from `measure`.
+        results: from `measure_methods`.
     """
     named = {
         "over_sgd": "/ SGD",
@@ -89,67 +90,45 @@ def _cells(found: Mapping[str, Any]) -> list[str]:
             _number(found[key], 3)
             for key in ("over_sgd", "over_floor", "floor_over_raw", "update_over_adamw")
         ),
-        *("-" if memory[key] is None else f"{1e-6 * memory[key]:.1f}" for key in ("ordinary", "refresh")),
-        "-" if found["copies_beyond_adamw"] is None else f"{found['copies_beyond_adamw']:.2f}",
-        "-" if memory["microbatches_over_one"] is None else f"{memory['microbatches_over_one']:.3f}",
+        *(NOTHING if memory[key] is None else f"{1e-6 * memory[key]:.1f}" for key in ("ordinary", "refresh")),
+        NOTHING if found["copies_beyond_adamw"] is None else f"{found['copies_beyond_adamw']:.2f}",
+        NOTHING if memory["microbatches_over_one"] is None else f"{memory['microbatches_over_one']:.3f}",
     ]
 
 
-def _number(spread: Mapping[str, Any] | None, digits: int) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread['median']:.{digits}f} +-{(spread['high'] - spread['low']) / 2:.{digits}f}"
+def _number(found: Mapping[str, Any] | None, digits: int) -> str:
+    if found is None:
+        return NOTHING
+    return f"{found['median']:.{digits}f} +-{(found['high'] - found['low']) / 2:.{digits}f}"
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of aligned columns, the first to the left.
-
-    Args:
-        titles: of the columns.
-        rows: their cells.
-
-    >>> print(*table(["method", "ms"], [["sgd", "9.5"], ["sam", "18.25"]]), sep="\\n")
-    method     ms
-    sgd       9.5
-    sam     18.25
-    """
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for name, *cells in [titles, *rows]:
-        yield "  ".join(
-            [f"{name:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))]
-        )
-
-
-def write(results: Mapping[str, Any], folder: Path) -> None:
+def write_report(results: Mapping[str, Any], folder: Path) -> None:
     """Write `bench.json` and `bench.png`, each as a whole or not at all.
 
     Args:
-        results: from `measure`.
-        folder: made if there is none.
+        results: from `measure_methods`.
+        folder: created if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chart = folder / "bench.png.partial"
-    plot(results, chart)
-    os.replace(chart, folder / "bench.png")
+    write_png(png_bytes(plot_measurement(results)), folder / "bench.png")
     write_atomically(folder / "bench.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draw the time of a step beside its floor's, and the memory of the kinds of steps.
+def plot_measurement(results: Mapping[str, Any]) -> "Figure":
+    """Draw the time of a step next to its floor's, and the memory of the kinds of steps.
 
     Args:
-        results: from `measure`.
-        path: of the picture, a PNG whatever it is called.
+        results: from `measure_methods`.
     """
     from matplotlib.figure import Figure
 
     methods = results["methods"]
-    figure = Figure(figsize=(11, 1.6 + 0.45 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(11, 1.9 + 0.45 * len(methods)), layout="constrained")
     figure.suptitle(_setting(results))
     time, memory = figure.subplots(1, 2, sharey=True)
     places = range(len(methods))
-    _bars(time, [found["milliseconds"] for found in methods.values()], -0.2, _BLUE, "in the Trainer")
-    _bars(time, [found["floor_milliseconds"] for found in methods.values()], 0.2, _ORANGE, "its floor", "//")
+    _bars(time, [found["milliseconds"] for found in methods.values()], -0.2, BLUE, "in the Trainer")
+    _bars(time, [found["floor_milliseconds"] for found in methods.values()], 0.2, ORANGE, "its floor", "//")
     for place, found in zip(places, methods.values(), strict=True):
         if found["over_floor"]:
             time.annotate(
@@ -163,11 +142,13 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     time.set_yticks(places, methods)
     time.invert_yaxis()
     for key, label, shift, colour, hatch in (
-        ("ordinary", "ordinary step", -0.2, _BLUE, None),
-        ("refresh", "step that refreshes the Hessian", 0.2, _ORANGE, "//"),
+        ("ordinary", "ordinary step", -0.2, BLUE, None),
+        ("refresh", "step that refreshes the Hessian", 0.2, ORANGE, "//"),
     ):
         values = [(i, found["memory"][key]) for i, found in enumerate(methods.values())]
         there = [(i + shift, 1e-6 * v) for i, v in values if v is not None]
+        if not there:
+            continue
         memory.barh(
             [y for y, _ in there],
             [v for _, v in there],
@@ -181,20 +162,25 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for axes in (time, memory):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    # The layout makes room for a figure's legends, but not for those of axes.
+    style: dict[str, Any] = {"ncols": 2, "frameon": False}
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower left", **style)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower right", **style)
     time.margins(x=0.15)
-    figure.savefig(path, dpi=150, format="png")
+    return figure
 
 
 def _bars(
     axes: Any,
-    spreads: Sequence[Mapping[str, Any] | None],
+    intervals: Sequence[Mapping[str, Any] | None],
     shift: float,
     colour: str,
     label: str,
     hatch: str | None = None,
 ) -> None:
-    there = [(i + shift, s) for i, s in enumerate(spreads) if s is not None]
+    there = [(i + shift, s) for i, s in enumerate(intervals) if s is not None]
+    if not there:
+        return
     errors = [[s["median"] - s["low"] for _, s in there], [s["high"] - s["median"] for _, s in there]]
     axes.barh(
         [y for y, _ in there],
@@ -204,6 +190,6 @@ def _bars(
         color=colour,
         hatch=hatch,
         edgecolor="white",
-        ecolor=_BLACK,
+        ecolor=BLACK,
         label=label,
     )

@@ -1,4 +1,4 @@
-"""Which methods are measured: those of a recipe, each with its overrides, on real or on random images."""
+"""Select the methods that are measured, each with its overrides, on a recipe's data or on random images."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from composer_sassha.recipes.errors import ConfigError, did_you_mean
 
 @dataclass
 class RandomImages:
-    """One batch of noise, with labels at random: for the time of a step as good as any other data.
+    """One batch of noise with random labels, which the time of a step does not depend on.
 
     Args:
-        batch_size: samples, over all ranks together.
+        batch_size: samples over all ranks.
         shape: of an image: channels, height, width.
         classes: number of labels.
     """
@@ -27,7 +27,11 @@ class RandomImages:
     classes: int
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
-        """A loader with this batch alone, and an evaluator on the same."""
+        """Return a loader of this batch, and an evaluator on it.
+
+        Args:
+            seed: of the noise.
+        """
         draw = torch.Generator().manual_seed(seed)
         images = torch.randn(self.batch_size, *self.shape, generator=draw)
         labels = torch.randint(self.classes, (self.batch_size,), generator=draw)
@@ -41,23 +45,23 @@ def chosen_recipes(
     methods: Sequence[str] = (),
     images: tuple[int, int, int] | None = None,
 ) -> dict[str, Recipe]:
-    """The recipe of every chosen method, and of its baseline.
+    """Return the recipe of every chosen method and of the baseline.
 
     Args:
         recipe: a path, or the name of a bundled recipe.
         overrides: `key=value` for every method, `METHOD:key=value` for one.
-        methods: their names; none: all.
-        images: the shape of random images that take the place of the recipe's data.
+        methods: names of methods; without any, all.
+        images: shape of random images in place of the recipe's data.
 
     Raises:
-        ConfigError: a mistake in one of these, in one line.
+        ConfigError: one of these has a mistake.
 
     >>> [*chosen_recipes("digits", ["sam:algorithms.sam.rho=0.5"], ["sam"])]
     ['sgd', 'sam']
     """
     given, known = read_recipe(recipe)
     if not known:
-        raise ConfigError(f"{recipe}: its methods are empty, so there is none to measure")
+        raise ConfigError(f"{recipe}: its methods are empty; add at least one")
     for method in methods:
         _look_up(method, known, f"--methods: {method!r}")
     shared, own = _divided(overrides, known)
@@ -67,12 +71,12 @@ def chosen_recipes(
 
 
 def _divided(overrides: Sequence[str], known: Collection[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The overrides for all methods, and those for single ones."""
+    """Divide the overrides into those for all methods and those for one."""
     shared: list[str] = []
     own: dict[str, list[str]] = {}
     for override in overrides:
         if override.startswith("method="):
-            raise ConfigError(f"{override}: leave it out; --methods says which methods are meant")
+            raise ConfigError(f"{override}: leave it out; --methods selects methods")
         method, colon, setting = override.partition(":")
         if not colon or "=" in method:
             shared.append(override)
@@ -93,25 +97,25 @@ def _with_images(recipe: Recipe, shape: tuple[int, int, int]) -> Recipe:
 
 
 def batch_size(recipe: Recipe) -> int:
-    """The samples of a batch over all ranks.
+    """Return the samples of a batch over all ranks.
 
     Raises:
         ConfigError: the recipe's data has no such setting.
     """
     size = getattr(recipe.data, "batch_size", None)
     if size is None:
-        raise ConfigError(f"data: {type(recipe.data).__name__} has no batch_size, which has to be known")
+        raise ConfigError(f"data: {type(recipe.data).__name__} has no batch_size, which bench needs")
     return size
 
 
 def with_batch_size(recipe: Recipe, size: int) -> Recipe:
-    """The same recipe with another batch size."""
+    """Return the recipe with another batch size."""
     return replace(recipe, data=replace(recipe.data, batch_size=size))
 
 
 @contextmanager
 def naming(method: str) -> Iterator[None]:
-    """What a constructor or the Trainer's start refuses is a mistake in this method of the recipe."""
+    """Re-raise what a constructor or the Trainer's start refuses as a ConfigError of this method."""
     try:
         yield
     except ValueError as error:  # a ConfigError too

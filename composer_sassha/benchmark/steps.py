@@ -1,4 +1,4 @@
-"""Single steps of a Trainer, each of the kind that is asked for, timed."""
+"""Time single steps of a Trainer, each of a given kind."""
 
 import math
 import time
@@ -20,7 +20,7 @@ from composer_sassha.recipes.config import Recipe
 
 
 class Kind(NamedTuple):
-    """What a step does beside an ordinary one: whether it perturbs the weights and refreshes the Hessian."""
+    """What a step does in addition to its update: perturb the weights, refresh the Hessian."""
 
     perturbs: bool = False
     refreshes: bool = False
@@ -30,9 +30,9 @@ class Timing(NamedTuple):
     """Seconds of a step, from its data being there to its end.
 
     Args:
-        step: on the clock.
-        cpu: of this process on a processor, which other programs do not lengthen by taking its place.
-        backward: of the step's last backward pass; 0 where nobody has asked for it.
+        step: wall time.
+        cpu: processor time of this process, which other programs hardly lengthen.
+        backward: wall time of the last backward pass; 0 where the `Stepper` does not time it.
     """
 
     step: float
@@ -41,12 +41,12 @@ class Timing(NamedTuple):
 
 
 def is_wrapped(optimizer: Optimizer) -> bool:
-    """Whether it is a `SharpnessAwareOptimizer`, as in all our methods."""
+    """Return whether it is a `SharpnessAwareOptimizer`, as in all our methods."""
     return hasattr(optimizer, "base_optimizer")
 
 
 def kinds(optimizer: Optimizer) -> list[Kind]:
-    """The kind of every step in one period of a method's intervals.
+    """Return the kind of every step in one period of a method's intervals.
 
     Args:
         optimizer: the Trainer's, a `SharpnessAwareOptimizer` or any other.
@@ -67,25 +67,29 @@ def kinds(optimizer: Optimizer) -> list[Kind]:
 
 
 def schedule(optimizer: Optimizer) -> Counter[Kind]:
-    """Count the kinds of steps in one period, those that do most first; see `kinds`."""
+    """Count the kinds of steps in one period, those that do most first.
+
+    Args:
+        optimizer: as for `kinds`.
+    """
     found = kinds(optimizer)
     return Counter({kind: found.count(kind) for kind in sorted(set(found), reverse=True)})
 
 
-class Run:
+class Stepper:
     """A Trainer that takes one step at a time, always on the same batch, and times it.
 
-    The learning rate is 0, so that nothing diverges; neither changes how long a step takes. Every step is a
-    call of `fit()`, whose beginning and end do not count.
+    The learning rate is 0, so that nothing diverges. Neither changes the time of a step. Every step is a
+    call of `fit()`, whose start and end do not count.
 
     Args:
-        recipe: precision, size of the microbatches and seed.
-        model: what is trained.
-        batch: on what.
-        optimizer: with what.
-        algorithms: and which algorithms.
-        device: the Trainer's, such as "cpu"; None: the best there is.
-        backward: also time the backward pass, for which a GPU has to wait.
+        recipe: gives precision, size of the microbatches and seed.
+        model: the model.
+        batch: the batch of every step.
+        optimizer: the optimizer.
+        algorithms: Composer algorithms.
+        device: the Trainer's, such as "cpu"; None takes a GPU if there is one.
+        backward: whether to time the backward pass too, for which a GPU has to wait.
     """
 
     def __init__(
@@ -120,24 +124,28 @@ class Run:
         self.schedule = schedule(self.optimizer)
 
     def take(self, kind: Kind) -> Timing:
-        """Take a step of one kind, and return its time.
+        """Take a step of one kind and return its time.
 
         Args:
-            kind: one of the `schedule`; the first step of all is to be one that refreshes, if there is such.
+            kind: one of the `schedule`. If some refresh, the first step must be one of those.
         """
         self.prepare(kind)
         self.trainer.fit(duration="1ba")
         return self._watch.found
 
     def prepare(self, kind: Kind) -> None:
-        """Have the coming step be of a kind: by the counters that decide on it."""
+        """Set the counters of the optimizer that decide on the kind of the next step.
+
+        Args:
+            kind: one of the `schedule`.
+        """
         if is_wrapped(self.optimizer):
             step = kinds(self.optimizer).index(kind)
             for group in self.optimizer.param_groups:
                 group.update(steps_taken=step, last_refresh=step - 1)
 
     def warm_up(self) -> None:
-        """Take steps of all kinds: memory is found, kernels are chosen, and there is a Hessian."""
+        """Take steps of all kinds, so that state is allocated, kernels are chosen and there is a Hessian."""
         for kind in 2 * [*self.schedule]:
             self.take(kind)
 
@@ -146,13 +154,13 @@ class Run:
         self.trainer.close()
 
 
-def run_of(recipe: Recipe, *, device: str | None = None, backward: bool = False) -> Run:
+def stepper_of(recipe: Recipe, *, device: str | None = None, backward: bool = False) -> Stepper:
     """Build the Trainer of a recipe's method, on the first batch of its data.
 
     Args:
-        recipe: with the method. Its learning rates' schedules cost nothing, and are left out.
-        device: see `Run`.
-        backward: see `Run`.
+        recipe: with the method. Learning-rate schedules are left out, as they cost nothing.
+        device: see `Stepper`.
+        backward: see `Stepper`.
 
     Raises:
         ConfigError, ValueError: the recipe cannot be built.
@@ -162,13 +170,13 @@ def run_of(recipe: Recipe, *, device: str | None = None, backward: bool = False)
         # The schedules may refuse so short a training.
         parts = build_parts(replace(recipe, schedulers=None, schedules={}))
     batch = next(iter(parts.train))
-    return Run(
+    return Stepper(
         recipe, parts.model, batch, parts.optimizer, parts.algorithms, device=device, backward=backward
     )
 
 
 class _Stopwatch(Callback):
-    """Times a step by the Trainer's events."""
+    """Time a step by the Trainer's events."""
 
     def __init__(self, backward: bool) -> None:
         self.found = Timing(0.0)
@@ -194,7 +202,7 @@ class _Stopwatch(Callback):
 
 
 def median_timing(timings: Iterable[Timing]) -> Timing:
-    """The median of each time.
+    """Return the median of each time.
 
     >>> median_timing([Timing(1.0), Timing(4.0), Timing(2.0)]).step
     2.0

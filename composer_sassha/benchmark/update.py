@@ -1,4 +1,4 @@
-"""The update alone: an optimizer's step on gradients that are there already."""
+"""Time an optimizer's step alone, on gradients that are there already."""
 
 import time
 from collections import Counter
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from composer_sassha.benchmark.steps import Kind, Timing
 
-_REPEATS = 5  # steps in a row, so that the clock is no matter
+_REPEATS = 5  # steps between two readings of the clock
 
 
 class Update:
-    """An optimizer that takes steps on random gradients; a contestant as `speed.race` has them.
+    """An optimizer that takes steps on random gradients; a contestant of `race`.
 
     Args:
         optimizer: with trainable parameters; one that divides by a Hessian gets an estimate first.
@@ -33,7 +33,7 @@ class Update:
         self.take(Kind())
 
     def take(self, kind: Kind) -> Timing:
-        """Take some steps, and return the time of one."""
+        """Take some steps and return the mean time of one."""
         self._wait()
         now, cpu = time.perf_counter(), time.process_time()
         for _ in range(_REPEATS):
@@ -47,7 +47,7 @@ class Update:
 
 
 def copies(params: Sequence[Tensor], device: str) -> list[nn.Parameter]:
-    """The trainable parameters among these, copied, for an optimizer of their own.
+    """Copy the trainable parameters among these, for an optimizer of their own.
 
     Args:
         params: of a model.

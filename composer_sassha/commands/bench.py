@@ -1,22 +1,28 @@
-"""What a step of each method costs, here or elsewhere: `python -m composer_sassha bench [RECIPE] ...`.
+"""Measure or predict the cost of a step of each method: `python -m composer_sassha bench [RECIPE] ...`.
 
-Here: every method of the recipe, its floor (the same passes with nothing around them) and plain SGD and AdamW
-take turns in one process, step by step. The table has the time of a step, its ratio to SGD's and to the
-floor's, the time of the update alone beside AdamW's, and memory; `bench.json` and `bench.png` have the same.
-See `composer_sassha.benchmark`.
+Without `--plan`, every method of the recipe, its floor (the same passes with nothing around them) and plain
+SGD and AdamW take turns in one process, step by step. The table, `bench.json` and `bench.png` have the time
+of a step, its ratios to SGD's and to the floor's, the ratio of the update alone to AdamW's, and memory.
 
-With `--plan`: the step time on several ranks, from steps on one process and the collectives between them. See
-`composer_sassha.benchmark.plan`.
+With `--plan`, the step time on several ranks is predicted from steps on one process and the collectives
+between ranks. See `composer_sassha.benchmark.prediction`.
 """
 
 import argparse
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from composer_sassha.commands.command_line import CommandParser, recipe_and_overrides
+from composer_sassha.commands.command_line import (
+    CommandParser,
+    at_least_one,
+    bandwidth,
+    duration,
+    image_shape,
+    names,
+    recipe_and_overrides,
+)
 from composer_sassha.recipes.errors import ConfigError
 
 _EXAMPLES = """\
@@ -26,24 +32,16 @@ examples:
   python -m composer_sassha bench digits --methods sgd,sassha sassha:algorithms.sassha.hessian_interval=5
   python -m composer_sassha bench --plan                   every method of the digits recipe on 8 ranks
   python -m composer_sassha bench --plan my.yaml --ranks 64 --link 100Gbit/s --latency 5us
-  composer -n 2 -m composer_sassha bench --plan digits     on two processes: predicted, and measured
+  composer -n 2 -m composer_sassha bench --plan digits     on two processes, predicted and measured
 """
-
-_SPEEDS = {
-    f"{prefix}{unit}/s": scale * 1000**power
-    for unit, scale in (("bit", 1 / 8), ("B", 1))
-    for power, prefix in enumerate(["", "k", "M", "G", "T"])
-}
-_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-
-
 INTERRUPTED = "interrupted; nothing was written"
+MEASURE = "measure"  # the --link that is measured
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command with these arguments and return its exit status."""
     given = _parser().parse_intermixed_args(argv)
-    lines = _planned(given) if given.plan else _measured(given)
+    lines = _predict(given) if given.plan else _measure(given)
     if int(os.environ.get("RANK", "0")) == 0:
         print("\n".join(lines))
     return 0
@@ -62,14 +60,21 @@ def _parser() -> CommandParser:
         nargs="*",
         metavar="RECIPE, key=value",
         help="a YAML file or the name of a bundled recipe (default: digits), then settings that win over its "
-        "own, in every method, or in one: METHOD:key=value",
+        "own, in every method, or in one as METHOD:key=value",
     )
-    parser.add_argument("--methods", metavar="A,B", help="the methods to measure (default: all)")
     parser.add_argument(
-        "--steps", metavar="N", default="30", help="timed steps of each kind of each method (default: 30)"
+        "--methods", type=names, default=[], metavar="A,B", help="the methods to measure (default: all)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=at_least_one,
+        metavar="N",
+        default=30,
+        help="timed steps of each kind of each method (default: 30)",
     )
     parser.add_argument(
         "--images",
+        type=image_shape,
         metavar="CxHxW",
         help="random images of this shape in place of the recipe's data, such as 3x32x32",
     )
@@ -77,108 +82,81 @@ def _parser() -> CommandParser:
     here.add_argument(
         "--device", metavar="D", choices=("cpu", "gpu"), help="cpu or gpu (default: gpu if there is one)"
     )
-    here.add_argument("--out", metavar="DIR", help="where bench.json and bench.png go (default: runs/bench)")
+    here.add_argument("--out", metavar="DIR", help="folder of bench.json and bench.png (default: runs/bench)")
     plan = parser.add_argument_group("predicting")
     plan.add_argument("--plan", action="store_true", help="predict the step time on several ranks")
     plan.add_argument(
-        "--ranks", metavar="N", help="processes that share a batch (default: 8, or as many as are started)"
+        "--ranks",
+        type=at_least_one,
+        metavar="N",
+        help="processes that share a batch (default: 8, or as many as are started)",
     )
     plan.add_argument(
         "--link",
+        type=_link,
         metavar="SPEED",
-        help="of the slowest link between ranks, such as 10Gbit/s, the default; 'measure', the default on "
+        help="speed of the slowest link between ranks (default: 10Gbit/s); 'measure' is the default on "
         "several processes",
     )
-    plan.add_argument("--latency", metavar="TIME", help="of a message on that link (default: 20us)")
+    plan.add_argument(
+        "--latency", type=duration, metavar="TIME", help="latency of a message on that link (default: 20us)"
+    )
     return parser
 
 
-def _measured(given: argparse.Namespace) -> list[str]:
-    """Measure, write what is found, and return the lines to print."""
+def _measure(given: argparse.Namespace) -> list[str]:
+    """Measure, write the results and return the lines to print."""
     _refuse(given, ("ranks", "link", "latency"), "is for --plan; add it, or leave this out")
     if (here := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(f"{here} processes are started, and one is measured; start one, or add --plan")
-    steps, recipes = _count("--steps", given.steps), _recipes(given)
-    out = Path(given.out or "runs/bench").expanduser()
+    recipes, out = _recipes(given), Path(given.out or "runs/bench").expanduser()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out={out}: is a file; name a folder")
-    from composer_sassha.benchmark import measure, report
+    from composer_sassha.benchmark.measurement import measure_methods
+    from composer_sassha.benchmark.report import report_lines, write_report
 
-    results = measure.measure(recipes, steps, given.device)
-    report.write(results, out)
-    return [*report.lines(results), f"written: {out / 'bench.json'}, {out / 'bench.png'}"]
+    results = measure_methods(recipes, given.steps, given.device)
+    write_report(results, out)
+    return [*report_lines(results), f"written: {out / 'bench.json'}, {out / 'bench.png'}"]
 
 
-def _planned(given: argparse.Namespace) -> list[str]:
+def _predict(given: argparse.Namespace) -> list[str]:
     """Predict, and return the lines to print."""
     _refuse(given, ("device", "out"), "is not for --plan; leave one of the two out")
     here = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = _count("--ranks", given.ranks or str(here if here > 1 else 8))
+    ranks = given.ranks or (here if here > 1 else 8)
     if here not in (1, ranks):
         raise ConfigError(f"--ranks={ranks}: {here} processes are started; leave it out, or start one alone")
-    link = _link(given.link, given.latency, several=here > 1)
-    steps, recipes = _count("--steps", given.steps), _recipes(given)
-    from composer_sassha.benchmark import plan
+    measured = given.link == MEASURE or (given.link is None and here > 1)
+    if measured and here == 1:
+        raise ConfigError("--link=measure: there is one process; start several with composer -n 2 -m ...")
+    if measured and given.latency is not None:
+        raise ConfigError("--latency: is measured with the link; set --link too, or neither")
+    recipes = _recipes(given)
+    from composer_sassha.benchmark.link import Link
+    from composer_sassha.benchmark.plan import plan_lines
 
-    return plan.plan(recipes, ranks, link and plan.Link(*link), steps)
+    link = None
+    if not measured:
+        link = Link(
+            bandwidth("10Gbit/s") if given.link is None else given.link,
+            duration("20us") if given.latency is None else given.latency,
+        )
+    return plan_lines(recipes, ranks, link, given.steps)
 
 
 def _recipes(given: argparse.Namespace) -> Mapping[str, Any]:
     recipe, overrides = recipe_and_overrides(given.arguments, "digits")
-    images = None if given.images is None else _shape(given.images)
     from composer_sassha.benchmark.selection import chosen_recipes
 
-    methods = given.methods.split(",") if given.methods is not None else []
-    return chosen_recipes(recipe, overrides, methods, images)
+    return chosen_recipes(recipe, overrides, given.methods, given.images)
 
 
 def _refuse(given: argparse.Namespace, options: Sequence[str], why: str) -> None:
     for option in options:
         if getattr(given, option) is not None:
-            raise ConfigError(f"--{option}={getattr(given, option)}: {why}")
+            raise ConfigError(f"--{option}: {why}")
 
 
-def _count(option: str, text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise ConfigError(f"{option}={text}: must be a whole number, at least 1")
-    return int(text)
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    """The channels, height and width of images.
-
-    >>> _shape("3x32x32")
-    (3, 32, 32)
-    """
-    sizes = [int(size) for size in text.split("x") if re.fullmatch(r"[1-9]\d*", size)]
-    if len(sizes) != 3 or text.count("x") != 2:
-        raise ConfigError(f"--images={text}: must be channels x height x width, such as 3x32x32")
-    return sizes[0], sizes[1], sizes[2]
-
-
-def _link(speed: str | None, latency: str | None, several: bool) -> tuple[float, float] | None:
-    """The bandwidth and the latency of a link; None: it is to be measured."""
-    if speed == "measure" and not several:
-        raise ConfigError("--link=measure: there is one process; start several with composer -n 2 -m ...")
-    if speed == "measure" or (speed is None and several):
-        if latency is not None:
-            raise ConfigError(
-                f"--latency={latency}: it is measured with the link; set --link too, or neither"
-            )
-        return None
-    bandwidth = _quantity("--link", speed or "10Gbit/s", _SPEEDS)
-    if bandwidth == 0:
-        raise ConfigError(f"--link={speed}: must be above 0")
-    return bandwidth, _quantity("--latency", latency or "20us", _TIMES)
-
-
-def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:
-    """An option's number and unit, in the basic unit.
-
-    >>> _quantity("--link", "10Gbit/s", _SPEEDS)
-    1250000000.0
-    """
-    number, unit = re.fullmatch(r"(\d*\.?\d*)\s*(.*)", text).groups()  # type: ignore[union-attr]  # all match
-    if not re.search(r"\d", number) or unit not in units:
-        raise ConfigError(f"{option}={text}: must be a number and a unit ({', '.join(units)})")
-    return float(number) * units[unit]
+def _link(text: str) -> float | str:
+    return MEASURE if text == MEASURE else bandwidth(text)

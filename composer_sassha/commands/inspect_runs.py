@@ -1,4 +1,4 @@
-"""Look at finished runs: `python -m composer_sassha inspect RUN [RUN ...] [options] [data.key=value ...]`."""
+"""Measure finished runs: `python -m composer_sassha inspect RUN [RUN ...] [options] [data.key=value ...]`."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from composer_sassha.commands.command_line import CommandParser, at_least_one
+from composer_sassha.commands.command_line import CommandParser, above_zero, at_least_one, at_least_two
 from composer_sassha.inspection.options import Options
 from composer_sassha.recipes.errors import ConfigError
 
@@ -19,7 +19,7 @@ examples:
 Measures the last checkpoint of each run: the largest eigenvalues, the trace and the spectral density of the
 Hessian, SAM's, ASAM's, average-case and m-sharpness, and the loss along directions and between runs. The
 folder of the comparison gets sharpness.json, spectra.png, lines.png and planes.png, and its report.html a
-section with them. What is measured already is left alone.
+section with them. Runs that are measured already are left alone.
 """
 
 
@@ -36,10 +36,21 @@ def run(argv: Sequence[str]) -> int:
     if not paths:
         raise ConfigError("RUN: not given; name the folders of finished runs, such as runs/digits/*/seed*")
     settings = {name: getattr(arguments, name) for name in Options.__dataclass_fields__}
-    # Only now, as it imports torch and Composer, which --help need not wait for.
-    from composer_sassha.inspection.inspection import inspect_runs
+    # Imported here because torch and Composer would delay --help.
+    from composer_sassha.comparison.grid import GridRun
+    from composer_sassha.comparison.report import Report
+    from composer_sassha.inspection.record import read_record
+    from composer_sassha.inspection.runner import inspect_runs
+    from composer_sassha.inspection.section import put_section, sharpness_section, sharpness_table
 
-    print(inspect_runs(paths, overrides, Options(**settings), _command(argv)))
+    folder, runs = inspect_runs(paths, overrides, Options(**settings))
+    page, section = folder / "report.html", sharpness_section(folder)
+    if page.exists():
+        put_section(page, section)
+    else:
+        report = Report([GridRun(run.recipe, run.results) for run in runs], _command(argv))
+        report.write(folder, [section])
+    print(f"{sharpness_table(read_record(folder / 'sharpness.json')).markdown()}\n\nreport: {page}")
     return 0
 
 
@@ -47,27 +58,11 @@ def _command(argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "composer_sassha", "inspect", *argv])
 
 
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
-    return value
-
-
-def _at_least_two(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 2")
-    return int(text)
-
-
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m composer_sassha inspect",
         usage="%(prog)s RUN [RUN ...] [--split train] [--samples N] [options] [data.key=value ...]",
-        description="Measure how sharp the minima are that runs have ended in, and draw them side by side.",
+        description="Measure and draw how sharp the minima of finished runs are.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,14 +80,14 @@ def _parser() -> CommandParser:
         help="the data: heldout (default), or train, augmented as in training",
     )
     for option, kind, metavar, what in (
-        ("samples", at_least_one, "N", "drawn from it, the same for all runs"),
+        ("samples", at_least_one, "N", "number drawn from it, the same for all runs"),
         ("batch-size", at_least_one, "N", "samples in one pass"),
-        ("rho", _above_zero, "R", "radius of SAM's sharpness, m-sharpness and the average"),
-        ("asam-rho", _above_zero, "R", "radius of adaptive sharpness"),
-        ("trace-samples", _at_least_two, "N", "random vectors for the trace"),
-        ("steps", at_least_one, "N", "of Lanczos for each of the spectrum's probes"),
+        ("rho", above_zero, "R", "radius of SAM's sharpness, m-sharpness and the average"),
+        ("asam-rho", above_zero, "R", "radius of adaptive sharpness"),
+        ("trace-samples", at_least_two, "N", "random vectors for the trace"),
+        ("steps", at_least_one, "N", "Lanczos steps for each of the spectrum's probes"),
         ("probes", at_least_one, "N", "random vectors for the spectrum"),
-        ("points", _at_least_two, "N", "on each line; half as many along a side of the plane"),
+        ("points", at_least_two, "N", "points on each line; half of it along a side of the plane"),
     ):
         value = getattr(default, option.replace("-", "_"))
         parser.add_argument(

@@ -1,1 +1,1 @@
-"""What `python -m composer_sassha compare` is made of: the grid of runs, their training, and the report."""
+"""The parts of `python -m composer_sassha compare`: the grid of runs, their training, and the report."""

@@ -1,4 +1,4 @@
-"""Learning curves of the methods: mean over the seeds, with a band of one standard deviation."""
+"""Read and draw learning curves: the mean over the seeds, with a band of one standard deviation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,25 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.metrics import Metric, metrics_of, number
+from composer_sassha.reporting.pictures import COLOURS, LINES
 
-# Okabe and Ito's palette without its yellow, which is too pale for paper. The line style tells lines of the
-# same colour apart, and helps where colours are not seen or not printed.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"]
-LINES: list[Any] = ["-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))]
-_EARLY = 0.3  # an axis of what shall be high covers the values after this part of the training
+_EARLY = 0.3  # the axis of a metric that should be high covers the values after this fraction of the training
 
 
 @dataclass
 class Curve:
-    """What one method's seeds logged at each evaluation that all of them have; seeds are the first axis.
+    """The metrics of one method at each evaluation that all seeds have; seeds are the first axis.
 
     Args:
         steps: at each evaluation, of shape [evaluations].
-        epochs: the same in epochs, or None if no epoch was completed.
-        seconds: spent in steps until then, of shape [seeds, evaluations].
-        values: the metrics by name, each of shape [seeds, evaluations].
+        epochs: the same in epochs; None if no epoch was completed.
+        seconds: time spent in steps until then, of shape [seeds, evaluations].
+        values: metrics by name, each of shape [seeds, evaluations].
     """
 
     steps: np.ndarray
@@ -37,8 +34,8 @@ class Curve:
     values: dict[str, np.ndarray]
 
 
-def read_curve(runs: Sequence[Run]) -> Curve | None:
-    """The curve of one method's finished runs, or None if there is none.
+def read_curve(runs: Sequence[GridRun]) -> Curve | None:
+    """Return the curve of one method's finished runs; None without any.
 
     Args:
         runs: of one method, one for each seed.
@@ -71,12 +68,12 @@ def read_curve(runs: Sequence[Run]) -> Curve | None:
 
 
 def plot_curves(curves: dict[str, Curve], metrics: Sequence[Metric], heldout: str, title: str) -> Figure:
-    """Draw each metric against epochs and against seconds, with one legend beside them all.
+    """Draw each metric against epochs and against seconds, with one legend for all.
 
     Args:
         curves: by method.
         metrics: one row of the figure for each.
-        heldout: the name of the evaluated part of the data.
+        heldout: name of the evaluated part of the data.
         title: of the figure.
     """
     columns = 1 + len(curves) // 30  # of the legend
@@ -104,11 +101,11 @@ def plot_curves(curves: dict[str, Curve], metrics: Sequence[Metric], heldout: st
 
 def _line(axes: Axes, x: Any, values: np.ndarray, style: dict[str, Any]) -> None:
     mean = values.mean(axis=0)
-    marker = "o" if len(mean) == 1 else None  # a line through one point cannot be seen
+    marker = "o" if len(mean) == 1 else None  # a line through one point is invisible
     axes.plot(x, mean, linewidth=1.4, marker=marker, markersize=4, **style)
     if len(values) > 1:
-        spread = values.std(axis=0, ddof=1)
-        axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.1, linewidth=0)
+        deviation = values.std(axis=0, ddof=1)
+        axes.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.1, linewidth=0)
 
 
 def _scale(axes: Axes, metric: Metric, curves: dict[str, Curve]) -> None:
@@ -121,7 +118,7 @@ def _scale(axes: Axes, metric: Metric, curves: dict[str, Curve]) -> None:
             axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:g}")
         return
-    # The first epochs would take most of the range, and say least.
+    # The values of the first epochs would take most of the range.
     late = np.concatenate([v[:, int(_EARLY * v.shape[1]) :].ravel() for v in values])
     if not np.isfinite(late).any():
         return

@@ -1,4 +1,4 @@
-"""Whether the methods of a comparison differ in what is compared, and in nothing else."""
+"""Check that the methods of a comparison differ in what is compared, and in nothing else."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from composer_sassha import algorithms
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.config import Recipe
 
 _COMPARED = ("optimizer", "algorithms", "schedules")
@@ -23,14 +23,17 @@ _OF_NO_EFFECT = (
 )
 
 
-def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """For every method its optimizer, algorithms and schedules, with the settings that matter.
+def compared_settings(runs: Sequence[GridRun]) -> dict[str, dict[str, str]]:
+    """Return the optimizer, algorithms and schedules of every method, with the settings that matter.
 
-    These are the first of each, such as lr or rho, and those that some method has changed from the default.
-    Where a method says how many runs it was tuned with, that is shown too.
+    These are the first of each, such as lr or rho, and those that some method changes from the default. The
+    number of tuning runs is shown too if some method has one.
+
+    Args:
+        runs: of all methods.
 
     >>> from composer_sassha.comparison.grid import load_grid
-    >>> runs = [Run(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
+    >>> runs = [GridRun(recipe, None) for recipe in load_grid("digits", ["sgd", "sam"], seeds=[0])]
     >>> compared_settings(runs)["sgd"]
     {'optimizer': 'sgd(lr=0.3, weight_decay=0.002)', 'algorithms': '', 'tuning runs': '36'}
     """
@@ -51,7 +54,7 @@ def compared_settings(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
 
 
 def _components(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The parts of each section by what they are called."""
+    """Return the components of each section by name."""
     names = {key: part["name"] for key, part in recipe.settings()["schedules"].items()}
     return {
         "optimizer": {recipe.settings()["optimizer"]["name"]: recipe.optimizer},
@@ -65,11 +68,15 @@ def _first_and_changed(component: Any) -> set[str]:
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(component)
     }
-    changed = {name for name in defaults if _plain(getattr(component, name)) != _plain(defaults[name])}
+    changed = {
+        name
+        for name in defaults
+        if _list_if_tuple(getattr(component, name)) != _list_if_tuple(defaults[name])
+    }
     return changed | set(list(defaults)[:1])
 
 
-def _plain(value: Any) -> Any:
+def _list_if_tuple(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -78,17 +85,20 @@ def _text(name: str, component: Any, shown: dict[type, set[str]]) -> str:
     return f"{name}({', '.join(f'{name}={getattr(component, name)}' for name in names)})"
 
 
-def unfair_differences(runs: Sequence[Run]) -> list[str]:
-    """Differences between the methods that a comparison should not have, one line each.
+def unfair_differences(runs: Sequence[GridRun]) -> list[str]:
+    """Return the differences between the methods that a comparison should not have, one line each.
 
-    These are all settings but the optimizer, the methods' algorithms and their schedules: any other algorithm
-    (gradient clipping, label smoothing) should be every method's or none's. And what the finished runs were
-    trained on: which kind of device, how many processes, which seeds.
+    All settings count except the optimizer, the methods' algorithms and their schedules. Any other algorithm,
+    such as gradient clipping, should belong to every method or to none. Finished runs should have the same
+    kind of device, number of processes and seeds.
+
+    Args:
+        runs: of all methods.
 
     >>> from composer_sassha.comparison.grid import load_grid
     >>> first, second = load_grid("digits", ["sgd", "sam"], seeds=[0])
     >>> second.max_duration = "60ep"
-    >>> unfair_differences([Run(first, None), Run(second, None)])
+    >>> unfair_differences([GridRun(first, None), GridRun(second, None)])
     ['max_duration differs: 30ep (sgd), 60ep (sam)']
     """
     found = {run.recipe.method: _shared_settings(run.recipe) for run in runs}
@@ -113,7 +123,7 @@ def unfair_differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _shared_settings(recipe: Recipe) -> dict[str, str]:
-    """The settings that all methods should have alike; an algorithm that makes no method is one of them."""
+    """Return the settings that all methods should share, among them algorithms that are not methods."""
     settings = {
         key: str(value)
         for key, value in recipe.flat_settings().items()

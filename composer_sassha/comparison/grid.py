@@ -1,4 +1,4 @@
-"""The grid of a comparison: a recipe's methods times seeds, and what the run folders hold of it."""
+"""The grid of a comparison: a recipe's methods times seeds, and the state of the run folders."""
 
 import json
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _OWN_OPTIONS = {"method": "--methods", "seed": "--seeds"}
 def load_grid(
     recipe: str, methods: Sequence[str] = (), seeds: Sequence[int] = (0, 1, 2), overrides: Sequence[str] = ()
 ) -> list[Recipe]:
-    """The runs of a comparison: every seed of the first method, then of the second, and so on.
+    """Return the recipes of all runs: every seed of the first method, then of the second, and so on.
 
     Args:
-        recipe: a path, or the name of a bundled recipe.
-        methods: rows of the recipe, or all of them. A recipe without `methods` is one row.
+        recipe: path, or name of a bundled recipe.
+        methods: methods of the recipe; without any, all. A recipe without `methods` is one method.
         seeds: of every method.
-        overrides: `key=value`, for all methods alike.
+        overrides: `key=value`, for all methods.
 
     Raises:
-        ConfigError: anything that cannot be run, in one line.
+        ConfigError: a run is not possible.
 
     >>> [run.folder.as_posix() for run in load_grid("digits", ["sgd", "sam"], [0])]
     ['runs/digits/sgd/seed0', 'runs/digits/sam/seed0']
@@ -39,17 +39,17 @@ def load_grid(
         lookup(rows, method, "--methods")
     loaded = [load_recipe(recipe, [*overrides, f"method={method}"]) for method in methods or rows]
     if not loaded:
-        raise ConfigError(f"{recipe}: its methods are empty")
+        raise ConfigError(f"{recipe}: its methods are empty; add at least one")
     return [replace(row, seed=seed) for row in loaded for seed in seeds]
 
 
 @dataclass
-class Run:
-    """One run of the grid, as its folder has it.
+class GridRun:
+    """One run of the grid.
 
     Args:
-        recipe: the settings of the run.
-        results: what is in its results.json, or None if it is not finished.
+        recipe: its settings.
+        results: content of its results.json; None if it is not finished.
     """
 
     recipe: Recipe
@@ -60,14 +60,14 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`finished`, `not begun`, or how far it has come."""
+        """Return `finished`, `not begun`, or the number of steps so far."""
         if self.results is not None:
             return "finished"
         steps = sum("seconds" in record for record in self.records())
         return f"unfinished, {steps} steps" if steps else "not begun"
 
     def records(self) -> list[dict[str, Any]]:
-        """The records of its metrics.jsonl; none if it is missing or damaged."""
+        """Return the records of its metrics.jsonl; none if it is missing or damaged."""
         try:
             text = (self.recipe.folder / "metrics.jsonl").read_text(encoding="utf-8")
             return [json.loads(line) for line in text.splitlines()]
@@ -75,15 +75,18 @@ class Run:
             return []
 
 
-def look(recipes: Sequence[Recipe]) -> list[Run]:
-    """See which of the runs are finished.
+def look(recipes: Sequence[Recipe]) -> list[GridRun]:
+    """Read which of the runs are finished.
+
+    Args:
+        recipes: from `load_grid`.
 
     Raises:
-        ConfigError: a run folder holds something else, such as a run with other settings.
+        ConfigError: a run folder has other content, such as a run with other settings.
     """
-    return [Run(recipe, RunFolder(recipe).earlier_results()) for recipe in recipes]
+    return [GridRun(recipe, RunFolder(recipe).earlier_results()) for recipe in recipes]
 
 
 def report_folder(recipes: Sequence[Recipe]) -> Path:
-    """Where the report goes: `<save_folder>/<recipe name>`."""
+    """Return the folder of the report: `<save_folder>/<recipe name>`."""
     return recipes[0].folder.parents[1]

@@ -1,4 +1,4 @@
-"""Runs commands, several at once, with one line of progress; a failing one does not stop the others."""
+"""Run commands, several at once, with one line of progress; a failing one does not stop the others."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-_STOPPED = (2, 130, 143)  # statuses of the train command that its last line explains, without a traceback
+_STOPPED = (2, 130, 143)  # statuses of the train command whose last line is the reason
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Job:
     Args:
         name: for messages.
         command: with its arguments. Its standard input ends when this process does; see `tethered`.
-        log: where its output is kept if it crashes; a folder that it makes itself is not needed before.
+        log: file for its output if it crashes. Its folder is created if it is missing.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, devices: Sequence[str] = ()) -> dict[str, str]:
-    """Run all jobs, `at_once` at the same time, and return why those failed that did, by their names.
+    """Run all jobs and return the reasons of those that failed, by name.
 
-    If this is interrupted by any exception, the commands that run are told to stop (SIGTERM), and waited for.
+    If an exception interrupts this, the commands that run get SIGTERM and are waited for.
 
     Args:
-        jobs: the commands, begun in this order.
-        at_once: how many may run at the same time.
-        devices: values for CUDA_VISIBLE_DEVICES that are dealt out in turn; none leaves it as it is.
+        jobs: commands, started in this order.
+        at_once: number of jobs that may run at the same time.
+        devices: values for CUDA_VISIBLE_DEVICES, assigned in turn; without any, it stays as it is.
     """
     waiting, failures = list(jobs), {}
     running: dict[int, _Running] = {}
@@ -70,7 +70,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, devices: Sequence[str] = ()) -> 
 
 
 class _Running:
-    """A job whose process runs, or has just ended."""
+    """A job whose process runs or has just ended."""
 
     def __init__(self, job: Job, output: Path, device: str | None) -> None:
         self.job, self.output = job, output
@@ -90,18 +90,18 @@ class _Running:
         return [line for line in text.splitlines() if line.strip()]
 
     def progress(self) -> str:
-        """Such as `sam seed 0 (epoch 3/30)`."""
+        """Return the progress, such as `sam seed 0 (epoch 3/30)`."""
         epochs = re.findall(r"^epoch +(\S+)", "\n".join(self.lines()), flags=re.MULTILINE)
         return f"{self.job.name} (epoch {epochs[-1]})" if epochs else self.job.name
 
     @property
     def headline(self) -> str:
-        """What the train command's summary says first."""
+        """Return the start of the train command's summary."""
         found = [line for line in self.lines() if re.search(r" seed \d+: ", line)]
         return found[-1].split(": ", 1)[1] if found else "finished"
 
     def finish(self) -> str | None:
-        """Why it failed, or None; the output of a crash is kept."""
+        """Return why it failed, or None; keep the output of a crash."""
         self.process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
         status = self.process.returncode
         if status == 0:
@@ -110,7 +110,7 @@ class _Running:
         last = self.lines()[-1] if self.lines() else "no output"
         if status in _STOPPED:
             return last
-        with suppress(OSError):  # such as a full disk, which may be why it crashed
+        with suppress(OSError):  # such as a full disk, which may be the reason of the crash
             self.job.log.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.output, self.job.log)
             last += f" (all of its output: {self.job.log})"
@@ -124,13 +124,17 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
         for process in processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=60)
-    finally:  # a second Ctrl-C comes here at once
+    finally:  # a second Ctrl-C ends the waiting
         for process in processes:
-            process.kill()  # does nothing to those that have ended
+            process.kill()  # no effect on processes that have ended
 
 
 def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
-    """The GPUs that jobs can be dealt out to: those that are visible, or all `count`.
+    """Return the GPUs that jobs can use: the visible ones, or all `count`.
+
+    Args:
+        environment: environment variables.
+        count: number of GPUs that PyTorch finds.
 
     >>> visible_devices({"CUDA_VISIBLE_DEVICES": "2,5"}, count=2), visible_devices({}, count=2)
     (['2', '5'], ['0', '1'])

@@ -1,9 +1,7 @@
 """The report of a comparison: table.md, table.csv, curves.png, frontier.png and report.html."""
 
-import base64
 import csv
 import io
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,51 +11,30 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from composer_sassha.comparison.curves import plot_curves, read_curve
 from composer_sassha.comparison.fairness import compared_settings, unfair_differences
-from composer_sassha.comparison.frontier import plot_frontier, points_of
-from composer_sassha.comparison.grid import Run
-from composer_sassha.comparison.table import LEVEL, Row, best_rows, rows_of, welch, winner
-from composer_sassha.inspection.section import section
+from composer_sassha.comparison.grid import GridRun
+from composer_sassha.comparison.pareto import outcomes_of, plot_pareto_front
+from composer_sassha.comparison.rows import Row, best_rows, rows_of, winner
 from composer_sassha.recipes.files import write_atomically
 from composer_sassha.recipes.metrics import Metric, metrics_of
 from composer_sassha.recipes.results import step_clock
-
-NOTHING = "-"
-
-
-class Best(str):
-    """The text of a cell that is shown in bold."""
-
-
-@dataclass
-class Table:
-    """Text in columns; the first is aligned to the left, and so are all if it is `prose`."""
-
-    head: list[str]
-    rows: list[list[str]]
-    prose: bool = False
-
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown."""
-        rows = [[f"**{cell}**" if isinstance(cell, Best) else cell for cell in row] for row in self.rows]
-        align = ["left", *["left" if self.prose else "right"] * (len(self.head) - 1)]
-        return tabulate(rows, self.head, tablefmt="github", disable_numparse=True, colalign=align)
+from composer_sassha.reporting.pictures import base64_text, png_bytes, write_png
+from composer_sassha.reporting.significance import LEVEL, welch
+from composer_sassha.reporting.tables import NOTHING, Best, Table, mean_and_deviation
 
 
 @dataclass
 class Report:
-    """What a comparison found.
+    """The results of a comparison.
 
     Args:
-        runs: the grid.
-        command: that makes this report.
+        runs: runs of the grid.
+        command: the command that makes this report.
     """
 
-    runs: list[Run]
+    runs: list[GridRun]
     command: str
     rows: list[Row] = field(init=False)
 
@@ -82,10 +59,10 @@ class Report:
         self.level = LEVEL / max(1, len(tests))
 
     def table(self) -> Table:
-        """The results, one row for each method."""
+        """Return the results, one row for each method."""
         columns = {"method": [row.method for row in self.rows], "seeds": [_seeds(row) for row in self.rows]}
         means = {f"{self.heldout} {metric.label}": self._means(metric) for metric in self.metrics}
-        columns |= dict(list(means.items())[:1])  # what is published is the first of them
+        columns |= dict(list(means.items())[:1])  # published values are of the first metric
         if any(row.reported is not None for row in self.rows):
             unit = ", %" if self.metrics and self.metrics[0].percent else ""
             digits = self.metrics[0].digits if self.metrics else 2
@@ -102,7 +79,9 @@ class Report:
 
     def _means(self, metric: Metric) -> list[str]:
         best = best_rows(self.rows, metric)
-        cells = [spread(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows]
+        cells = [
+            mean_and_deviation(row.mean(metric), row.deviation(metric), metric.digits) for row in self.rows
+        ]
         return [Best(cell) if row in best else cell for row, cell in zip(self.rows, cells, strict=True)]
 
     def _p(self, row: Row) -> str:
@@ -112,7 +91,7 @@ class Report:
         return NOTHING if p is None else f"{p:.2g}{'*' if p < self.level else ' n.s.'}"
 
     def notes(self) -> list[str]:
-        """What the table says, and what to bear in mind when reading it."""
+        """Return what the table says, and what limits it."""
         notes = [
             "Mean ± standard deviation over the seeds, the best mean in bold; medians of the times. Runs "
             "that train at the same time slow each other down: compare times with --jobs 1."
@@ -162,7 +141,7 @@ class Report:
         ]
 
     def settings(self) -> Table:
-        """What the methods set, which is what is compared."""
+        """Return the settings that are compared."""
         rows = compared_settings(self.runs)
         head = list(next(iter(rows.values())))
         cells = [[method, *(row[key] or NOTHING for key in head)] for method, row in rows.items()]
@@ -170,21 +149,21 @@ class Report:
 
     @property
     def intro(self) -> str:
-        """What the table of settings shows."""
+        """Return the introduction to the table of settings."""
         same = " All other settings are the same." if len(self.rows) > 1 and not self.unfair else ""
         return f"What the methods set, without what all of them leave at its default.{same}"
 
     def settings_text(self) -> str:
-        """The settings that differ, and a warning for each that should not, in Markdown."""
+        """Return the settings that differ, and a warning for each that should not, in Markdown."""
         warnings = [f"warning: {line}" for line in self.unfair]
         return "\n\n".join([self.intro, self.settings().markdown(), *warnings]) + "\n"
 
     def results_text(self) -> str:
-        """The table and the notes, in Markdown."""
+        """Return the table and the notes in Markdown."""
         return "\n".join([self.table().markdown(), "", *(f"- {note}" for note in self.notes())]) + "\n"
 
     def csv(self) -> str:
-        """The table as plain numbers, with empty fields where there are none."""
+        """Return the table as plain numbers, with empty fields where there are none."""
         rows = []
         for row in self.rows:
             costs = row.cost(self._baseline_results, self._clock)
@@ -208,16 +187,21 @@ class Report:
         writer.writerows(rows)
         return text.getvalue()
 
-    def write(self, folder: Path) -> None:
-        """Write all files; nothing that they show comes from elsewhere."""
+    def write(self, folder: Path, sections: Sequence[str] = ()) -> None:
+        """Write all files.
+
+        Args:
+            folder: for the files.
+            sections: HTML that the page shows before the settings.
+        """
         name = self.runs[0].recipe.name
         curves = {row.method: curve for row in self.rows if (curve := read_curve(row.runs)) is not None}
         pictures = {}
         if curves:
-            pictures["curves"] = _png(plot_curves(curves, self.metrics, self.heldout, name))
-        if len(points := points_of(self.rows, self.metrics[0], self._clock)) > 1:
-            pictures["frontier"] = _png(
-                plot_frontier(points, self.metrics[0], self.heldout, name, self.baseline)
+            pictures["curves"] = png_bytes(plot_curves(curves, self.metrics, self.heldout, name))
+        if len(outcomes := outcomes_of(self.rows, self.metrics[0], self._clock)) > 1:
+            pictures["frontier"] = png_bytes(
+                plot_pareto_front(outcomes, self.metrics[0], self.heldout, name, self.baseline)
             )
         page = Environment(loader=PackageLoader("composer_sassha", "comparison"), autoescape=True)
         page.tests["best"] = lambda cell: isinstance(cell, Best)
@@ -225,14 +209,14 @@ class Report:
             report=self,
             name=name,
             each_run=self._each_run(),
-            pictures={key: base64.b64encode(png).decode() for key, png in pictures.items()},
-            sharpness=Markup(section(folder)),  # of runs that were inspected
+            pictures={key: base64_text(png) for key, png in pictures.items()},
+            sections=[Markup(section) for section in sections],
         )
         write_atomically(folder / "table.md", f"# {name}\n\n{self.results_text()}\n{self.settings_text()}")
         write_atomically(folder / "table.csv", self.csv())
         write_atomically(folder / "report.html", html)
         for key, png in pictures.items():
-            (folder / f"{key}.png").write_bytes(png)
+            write_png(png, folder / f"{key}.png")
 
     def _each_run(self) -> Table:
         head = [
@@ -248,7 +232,7 @@ class Report:
                 rows.append([str(run), run.state, *[NOTHING] * (len(head) - 2)])
                 continue
             single = Row(run.recipe.method, [run])
-            values = [spread(single.mean(metric), None, metric.digits) for metric in self.metrics]
+            values = [mean_and_deviation(single.mean(metric), None, metric.digits) for metric in self.metrics]
             times = [f"{results['seconds']:.1f}", f"{1000 * results['seconds_per_step']:.1f}"]
             rows.append([str(run), *values, *times, str(results["steps"])])
         return Table(head, rows)
@@ -256,20 +240,6 @@ class Report:
 
 def _said(lists: dict[str, list[str]]) -> list[str]:
     return [f"{what}: {', '.join(names)}." for what, names in lists.items() if names]
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
-
-
-def spread(mean: float | None, deviation: float | None, digits: int) -> str:
-    if mean is None:
-        return NOTHING
-    if not math.isfinite(mean):
-        return "not finite"
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def _seeds(row: Row) -> str:

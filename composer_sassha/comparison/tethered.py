@@ -1,4 +1,4 @@
-"""Runs a module for as long as the process that started it lives.
+"""Run a module for as long as the process that started it lives.
 
 `python -m composer_sassha.comparison.tethered MODULE [ARGUMENT ...]` does what `python -m MODULE ...` does.
 Its standard input is a pipe whose other end the parent holds and never writes to. However the parent ends, by
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _stop_with_the_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, which a thread that waits for it would keep locked at the exit
+    while os.read(0, 1):  # not sys.stdin, which a waiting thread would keep locked at the exit
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_PATIENCE)

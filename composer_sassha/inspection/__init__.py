@@ -1,1 +1,1 @@
-"""Measure finished runs: the parts of `python -m composer_sassha inspect`."""
+"""The parts of `python -m composer_sassha inspect`, which measures finished runs."""

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. Two runs can be compared if these are the same.
+    """The options of a measurement. Runs can be compared if these are the same.
 
     Args:
         split: `heldout`, or `train`, with the training's augmentations.
-        samples: drawn from it at random, the same for all runs; all of them if there are fewer.
-        batch_size: samples in one pass: more take more memory.
+        samples: number of samples drawn from it at random, the same for all runs; all if there are fewer.
+        batch_size: samples in one pass; more take more memory.
         rho: radius of SAM's sharpness, m-sharpness and the average.
         asam_rho: radius of adaptive sharpness.
-        trace_samples: random vectors for the trace.
-        steps: of Lanczos for each of the spectrum's probes.
-        probes: random vectors for the spectrum.
-        points: on each line; of a plane, half as many along each side.
+        trace_samples: number of random vectors for the trace.
+        steps: Lanczos steps for each of the spectrum's probes.
+        probes: number of random vectors for the spectrum.
+        points: number of points on each line; half of it along each side of a plane.
     """
 
     split: str = "heldout"

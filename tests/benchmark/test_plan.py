@@ -8,7 +8,9 @@ from composer.models import ComposerClassifier
 from torch import nn
 
 from composer_sassha import GSAM, MSAM, SAM, LazyHessian, LookSAM, MSassha, Sassha
-from composer_sassha.benchmark.plan import Collective, Link, exposed, predict, traffic
+from composer_sassha.benchmark.collectives import Collective, traffic
+from composer_sassha.benchmark.link import Link
+from composer_sassha.benchmark.prediction import exposed, predict
 from composer_sassha.benchmark.steps import Kind, Timing, schedule
 from tests.helpers import network, trainer
 from tests.methods import sassha, sgd

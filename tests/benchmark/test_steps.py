@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from composer_sassha.benchmark.floor import Floor, Raw, has_floor
 from composer_sassha.benchmark.memory import Memory, peaks
 from composer_sassha.benchmark.selection import chosen_recipes
-from composer_sassha.benchmark.speed import Times, race, ratio, spread
-from composer_sassha.benchmark.steps import Kind, Run, Timing, run_of
+from composer_sassha.benchmark.speed import Times, median_interval, race, ratio
+from composer_sassha.benchmark.steps import Kind, Stepper, Timing, stepper_of
 from composer_sassha.recipes.config import Recipe
 
 SMALL = ["model.width=2", "data.batch_size=8"]
@@ -25,10 +25,10 @@ def recipe(method: str, *overrides: str) -> Recipe:
 @pytest.fixture
 def run():
     """Makes runs, and closes them."""
-    opened: list[Run | Floor] = []
+    opened: list[Stepper | Floor] = []
 
-    def make(method: str, *overrides: str) -> Run:
-        opened.append(run_of(recipe(method, *overrides), device="cpu"))
+    def make(method: str, *overrides: str) -> Stepper:
+        opened.append(stepper_of(recipe(method, *overrides), device="cpu"))
         opened[-1].warm_up()
         return opened[-1]
 
@@ -121,7 +121,7 @@ def test_the_bounds_of_a_median_hold_as_often_as_they_say() -> None:
     """Whatever the distribution: here a skewed one, whose median is ln 2."""
     draw, held, tries = random.Random(0), 0, 2000
     for _ in range(tries):
-        found = spread([draw.expovariate(1.0) for _ in range(15)])
+        found = median_interval([draw.expovariate(1.0) for _ in range(15)])
         held += found.low <= math.log(2) <= found.high
     # By the binomial distribution: the 4th and the 12th of 15.
     coverage = sum(math.comb(15, k) for k in range(4, 12)) / 2**15
@@ -131,7 +131,7 @@ def test_the_bounds_of_a_median_hold_as_often_as_they_say() -> None:
 
 @pytest.mark.parametrize("number", range(1, 40))
 def test_the_bounds_are_the_closest_that_are_sure_enough(number: int) -> None:
-    found = spread([float(i) for i in range(1, number + 1)])
+    found = median_interval([float(i) for i in range(1, number + 1)])
     first, last = int(found.low), int(found.high)
     assert first + last == number + 1 and found.median == (number + 1) / 2
 
@@ -143,9 +143,9 @@ def test_the_bounds_are_the_closest_that_are_sure_enough(number: int) -> None:
 
 
 def test_too_few_or_too_different_values_are_vague() -> None:
-    assert spread([1.0] * 5).vague and not spread([1.0] * 6).vague
+    assert median_interval([1.0] * 5).vague and not median_interval([1.0] * 6).vague
     steady = [1 + 0.001 * i for i in range(20)]
-    assert not spread(steady).vague and spread([1 + 0.02 * i for i in range(20)]).vague
+    assert not median_interval(steady).vague and median_interval([1 + 0.02 * i for i in range(20)]).vague
 
 
 def test_a_machine_that_slows_down_cancels_out() -> None:

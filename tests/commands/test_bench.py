@@ -17,16 +17,16 @@ from tests.distributed.launch import finish, start
 
 MISTAKES = [
     # arguments, and what the line on standard error must contain
-    (["--ranks", "8"], ["--ranks=8", "--plan"]),
-    (["--link", "1GB/s"], ["--link=1GB/s", "--plan"]),
-    (["--plan", "--out", "there"], ["--out=there", "--plan"]),
-    (["--plan", "--device", "cpu"], ["--device=cpu", "--plan"]),
+    (["--ranks", "8"], ["--ranks", "--plan"]),
+    (["--link", "1GB/s"], ["--link", "--plan"]),
+    (["--plan", "--out", "there"], ["--out", "--plan"]),
+    (["--plan", "--device", "cpu"], ["--device", "--plan"]),
     (["--device", "tpu"], ["--device", "'tpu'", "cpu", "gpu"]),
     (["--device", "gpu"], ["--device=gpu", "none that PyTorch finds"]),
-    (["--images", "32x32"], ["--images=32x32", "channels x height x width", "3x32x32"]),
-    (["--images", "0x8x8"], ["--images=0x8x8", "3x32x32"]),
+    (["--images", "32x32"], ["--images", "'32x32'", "channels x height x width", "3x32x32"]),
+    (["--images", "0x8x8"], ["--images", "'0x8x8'", "3x32x32"]),
     (["--images", "3x8x8", "model.in_channels=1"], ["method sgd", "model:", "does not fit the data"]),
-    (["--steps", "none"], ["--steps=none", "whole number"]),
+    (["--steps", "none"], ["--steps", "'none'", "whole number"]),
     (["--out", __file__], ["--out=", "is a file"]),
     (["sasha:optimizer.lr=1"], ["sasha:optimizer.lr=1", "'sasha'", "did you mean sassha?"]),
     (["sassha:optimizer.lr=one"], ["optimizer.lr", "one"]),
@@ -36,21 +36,21 @@ MISTAKES = [
         ["--plan", "--methods", "sam,sasha"],
         ["--methods", "'sasha'", "did you mean sassha?", "there are: sgd"],
     ),
-    (["--plan", "--methods", ""], ["--methods", "''", "there are: sgd"]),
-    (["--plan", "--ranks", "0"], ["--ranks=0", "at least 1"]),
-    (["--plan", "--ranks", "two"], ["--ranks=two", "whole number"]),
+    (["--plan", "--methods", ""], ["--methods", "''", "names with commas"]),
+    (["--plan", "--ranks", "0"], ["--ranks", "'0'", "from 1"]),
+    (["--plan", "--ranks", "two"], ["--ranks", "'two'", "whole number"]),
     (["--plan", "--ranks", "3"], ["data.batch_size=128", "3 ranks", "data.batch_size=129"]),
     (["--plan", "--ranks", "256"], ["data.batch_size=128", "256 ranks", "data.batch_size=256"]),
     (["--plan", "--steps", "-1"], ["--steps"]),
-    (["--plan", "--steps=0"], ["--steps=0", "at least 1"]),
-    (["--plan", "--link", "10"], ["--link=10", "number and a unit", "Gbit/s"]),
-    (["--plan", "--link", "10Gb/s"], ["--link=10Gb/s", "number and a unit", "Gbit/s"]),
-    (["--plan", "--link", "fast"], ["--link=fast", "number and a unit"]),
-    (["--plan", "--link", "."], ["--link=.", "number and a unit"]),
-    (["--plan", "--link=-1Gbit/s"], ["--link=-1Gbit/s", "number and a unit"]),
-    (["--plan", "--link", "0Gbit/s"], ["--link=0Gbit/s", "above 0"]),
+    (["--plan", "--steps=0"], ["--steps", "'0'", "from 1"]),
+    (["--plan", "--link", "10"], ["--link", "'10'", "number and a unit", "Gbit/s"]),
+    (["--plan", "--link", "10Gb/s"], ["--link", "'10Gb/s'", "number and a unit", "Gbit/s"]),
+    (["--plan", "--link", "fast"], ["--link", "'fast'", "number and a unit"]),
+    (["--plan", "--link", "."], ["--link", "'.'", "number and a unit"]),
+    (["--plan", "--link=-1Gbit/s"], ["--link", "'-1Gbit/s'", "number and a unit"]),
+    (["--plan", "--link", "0Gbit/s"], ["--link", "'0Gbit/s'", "above 0"]),
     (["--plan", "--link", "measure"], ["--link=measure", "one process", "composer -n 2"]),
-    (["--plan", "--latency", "20"], ["--latency=20", "us"]),
+    (["--plan", "--latency", "20"], ["--latency", "'20'", "us"]),
     (["--plan", "method=sam"], ["method=sam", "--methods"]),
     (["--plan", "digit"], ["digit", "did you mean digits?"]),
     (["--plan", "digits", "sed=1"], ["sed:", "did you mean seed?"]),
@@ -120,7 +120,7 @@ def test_ranks_that_are_started_and_asked_for_must_agree(
     assert bench(["--plan", "--ranks", "8"]) == 2
     assert "--ranks=8: 2 processes are started" in capsys.readouterr().err
     assert bench(["--plan", "--latency", "1us"]) == 2
-    assert "--latency=1us" in capsys.readouterr().err
+    assert "--latency: is measured" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from scipy.stats import t
 
 from composer_sassha.comparison import jobs
 from composer_sassha.comparison.curves import Curve, plot_curves
-from composer_sassha.comparison.frontier import Point, frontier, plot_frontier
 from composer_sassha.comparison.grid import load_grid
 from composer_sassha.comparison.jobs import Job, run_jobs
+from composer_sassha.comparison.pareto import Outcome, pareto_front, plot_pareto_front
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.metrics import METRICS, ranked
@@ -125,7 +125,8 @@ def test_a_launcher_is_refused(
 def test_a_missing_optional_package_is_one_line(
     package: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [n for n in sys.modules if n.startswith((package, "composer_sassha.comparison."))]:
+    ours = ("composer_sassha.comparison.", "composer_sassha.inspection.", "composer_sassha.reporting.")
+    for name in [n for n in sys.modules if n.startswith((package, *ours))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     message = refused(["digits"], folder, capsys)
@@ -457,7 +458,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     text = Path("runs/digits/report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert page.open == [] and len(page.links) == 2  # the curves and the frontier
+    assert page.open == [] and len(page.links) == 2  # the curves and the Pareto front
     for link, name in zip(page.links, ("curves.png", "frontier.png"), strict=True):
         assert (
             base64.b64decode(link.removeprefix("data:image/png;base64,"))
@@ -499,7 +500,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*arguments: Any) -> None:
         raise stop
 
-    monkeypatch.setattr(compare, "_train", interrupted)
+    monkeypatch.setattr("composer_sassha.commands.compare._train", interrupted)
     assert compare(["digits", "--methods", "sgd"]) == status
     assert (
         capsys.readouterr().err
@@ -677,9 +678,9 @@ def test_the_frontier_is_what_no_cheaper_method_equals_or_beats(name: str) -> No
     for _ in range(50):
         # Few different numbers, so that there are equals.
         points = [
-            Point(f"{i}", float(draw.integers(1, 6)), float(draw.integers(1, 6)), None) for i in range(12)
+            Outcome(f"{i}", float(draw.integers(1, 6)), float(draw.integers(1, 6)), None) for i in range(12)
         ]
-        found = frontier(points, metric)
+        found = pareto_front(points, metric)
         expected = {
             (one.seconds, one.value)
             for one in points
@@ -695,9 +696,9 @@ def test_the_frontier_is_what_no_cheaper_method_equals_or_beats(name: str) -> No
 
 
 def test_the_picture_of_the_frontier_shows_every_method() -> None:
-    points = [Point(f"method_{i}", 1.0 + i, value, 0.5) for i, value in enumerate([90.0, 92.0, 91.0] * 5)]
+    points = [Outcome(f"method_{i}", 1.0 + i, value, 0.5) for i, value in enumerate([90.0, 92.0, 91.0] * 5)]
     metric = METRICS["MulticlassAccuracy"]
-    figure = plot_frontier(points, metric, "test", "many", baseline="method_1")
+    figure = plot_pareto_front(points, metric, "test", "many", baseline="method_1")
     figure.draw_without_rendering()  # lays it out
     (axes,) = figure.axes
     line, *marks = [line for line in axes.lines if line.get_marker() not in ("_", "|")]

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from scipy.stats import ttest_ind
 
 from composer_sassha.comparison.grid import load_grid
-from composer_sassha.inspection import inspection, section
+from composer_sassha.inspection import finished, pictures, record, runner, section
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.data.digits import Digits
 from composer_sassha.sharpness import (
@@ -217,12 +217,12 @@ def test_the_newest_checkpoint_is_measured_where_the_link_to_it_is_lost(folder: 
     for name, age in (("ep0-ba5-rank0.pt", 60), ("ep0-ba9-rank0.pt", 30)):
         older = shutil.copy(newest, checkpoints / name)
         os.utime(older, (newest.stat().st_mtime - age,) * 2)
-    assert inspection.find_run(Path("runs/digits/sgd/seed0")).checkpoint == newest.resolve()
+    assert finished.find_run(Path("runs/digits/sgd/seed0")).checkpoint == newest.resolve()
 
 
 def test_what_is_not_finite_is_nothing_in_json() -> None:
     tree = {"a": [1.0, float("inf"), -float("inf")], "b": float("nan"), "c": 3, "d": "x"}
-    assert inspection._plain(tree) == {"a": [1.0, None, None], "b": None, "c": 3, "d": "x"}
+    assert record.without_nonfinite(tree) == {"a": [1.0, None, None], "b": None, "c": 3, "d": "x"}
 
 
 def test_a_diverged_run_has_no_numbers_and_stops_nothing(folder: Path, capsys) -> None:
@@ -324,14 +324,14 @@ def test_a_launcher_is_refused(folder: Path, capsys, monkeypatch) -> None:
 
 
 def test_what_was_measured_before_an_interrupt_is_kept(folder: Path, capsys, monkeypatch) -> None:
-    plain = inspection._measured
+    plain = runner.measure_run
 
     def measured(run, *others):
         if str(run) == "sam/seed0":
             raise KeyboardInterrupt
         return plain(run, *others)
 
-    monkeypatch.setattr(inspection, "_measured", measured)
+    monkeypatch.setattr(runner, "measure_run", measured)
     assert inspect(["runs/digits/sgd/seed0", "runs/digits/sam/seed0", *QUICK]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(found(folder)["runs"]) == ["sgd/seed0"]
@@ -370,11 +370,11 @@ def pretend(methods: int, seeds: int = 2) -> dict[str, Any]:
 @pytest.mark.parametrize("methods", [1, 4])
 def test_panels_share_their_scale(methods: int) -> None:
     given = pretend(methods)
-    for figure, count in ((section.spectra(given), methods), (section.planes(given), methods)):
+    for figure, count in ((pictures.plot_spectra(given), methods), (pictures.plot_planes(given), methods)):
         panels = [axes for axes in figure.axes if axes.get_title()]
-        assert [axes.get_title() for axes in panels] == list(section.by_method(given))[:count]
+        assert [axes.get_title() for axes in panels] == list(record.by_method(given))[:count]
         assert len({axes.get_xlim() for axes in panels}) == len({axes.get_ylim() for axes in panels}) == 1
-    lines = section.lines(given)
+    lines = pictures.plot_lines(given)
     assert len({axes.get_ylim() for axes in lines.axes}) == 1
     # On the way to the first run, its own method is there with another seed.
     assert [len(axes.lines) for axes in lines.axes] == [methods] * 3
@@ -385,21 +385,21 @@ def test_the_largest_eigenvalues_are_compared_by_their_geometric_means() -> None
     values = {"sgd": [1.0, 4.0], "adamw": [18.0, 8.0]}
     for run in given["runs"].values():
         run["numbers"]["lambda_max"] = values[run["method"]][run["seed"]]
-    (line,) = section.notes(given)
+    (line,) = section.eigenvalue_notes(given)
     p = ttest_ind(np.log(values["adamw"]), np.log(values["sgd"]), equal_var=False).pvalue
     assert line.startswith("λ₁ of adamw: 6.00 times sgd's") and f"p = {p:.2g})" in line
-    table = section.table(given)
+    table = section.sharpness_table(given)
     assert [row[:2] for row in table.rows] == [["sgd", "2"], ["adamw", "2"]]
     assert table.rows[0][table.head.index("λ₁")] == "2.50 ± 2.12"
     assert table.rows[0][table.head.index("test accuracy, %")].startswith("90.00")
     given["runs"] = dict(reversed(given["runs"].items()))
-    assert [run["seed"] for run in section.by_method(given)["sgd"]] == [0, 1]
+    assert [run["seed"] for run in record.by_method(given)["sgd"]] == [0, 1]
 
 
 def test_lines_are_drawn_where_they_were_measured() -> None:
     """Of the first seed; on the way to the first run, its own method is there with the second."""
     given = pretend(2)
-    figure = section.lines(given)
+    figure = pictures.plot_lines(given)
     for axes, name, at in zip(
         figure.axes,
         ("random", "eigenvector", "interpolation"),
@@ -419,7 +419,7 @@ def test_densities_are_drawn_whole() -> None:
     given["runs"]["sgd/seed0"]["spectrum"] = [[4.0], [1.0]]
     given["runs"]["adamw/seed0"]["spectrum"] = [[0.0, 4.0], [0.7, 0.3]]
     width = 4.0 / 200
-    first, second = section.spectra(given).axes
+    first, second = pictures.plot_spectra(given).axes
     x, y = first.lines[0].get_data()
     assert y.max() == pytest.approx(1 / (width * (2 * np.pi) ** 0.5), rel=1e-2)
     assert x[y.argmax()] == pytest.approx(4.0, abs=width / 4) and x.min() <= -4 * width
@@ -436,7 +436,7 @@ def test_planes_are_drawn_as_they_were_measured(monkeypatch: pytest.MonkeyPatch)
     drawn = []
     plain = Axes.contourf
     monkeypatch.setattr(Axes, "contourf", lambda *a, **k: drawn.append((a, k)) or plain(*a, **k))
-    section.planes(given)
+    pictures.plot_planes(given)
     for (arguments, settings), method in zip(drawn, ("sgd", "adamw"), strict=True):
         _, x, y, values = arguments
         assert x == pytest.approx(grid) and y == pytest.approx(grid)

@@ -4,7 +4,7 @@
         trainer.fit()
     counted.issued  # [Issued(operation='allreduce_', size=8), ...]
 
-A case's result is a file: per step, its kind, what was issued, and what `benchmark.plan.traffic` says.
+A case's result is a file: per step, its kind, what was issued, and what `benchmark.collectives.traffic` says.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from composer_sassha import GSAM, SAM, USAM, LookSAM, Sassha
-from composer_sassha.benchmark.plan import traffic
+from composer_sassha.benchmark.collectives import traffic
 from composer_sassha.benchmark.steps import Kind
 from composer_sassha.recipes.build import build_parts
 from composer_sassha.recipes.config import load_recipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer_sassha.comparison.fairness import unfair_differences
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.config import Recipe, read_recipe
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.schedulers import Cosine, Linear
@@ -122,7 +122,7 @@ def test_a_row_differs_from_its_baseline_in_the_method_alone(name: str) -> None:
         found = recipe(name, method)
         base = recipe(name, found.baseline or "")
         assert kind_and_column(name, base.method)[1] == column
-        assert unfair_differences([Run(found, None), Run(base, None)]) == []
+        assert unfair_differences([GridRun(found, None), GridRun(base, None)]) == []
         assert found.optimizer == base.optimizer
         assert (found.optimizer.lr, found.optimizer.weight_decay) == (lr, decay)
         assert found.algorithms.keys() - base.algorithms.keys() == ({kind} if found != base else set())
@@ -181,7 +181,7 @@ def test_a_noisy_row_has_the_baseline_of_its_rate(name: str) -> None:
         rate = kind_and_column(name, method)[1]
         found = recipe(name, method)
         assert found.baseline == f"sgd_{rate}" and rate in ("20", "40", "60", "80")
-        assert unfair_differences([Run(found, None), Run(recipe(name, found.baseline), None)]) == []
+        assert unfair_differences([GridRun(found, None), GridRun(recipe(name, found.baseline), None)]) == []
 
 
 @pytest.mark.parametrize("name", COURSES)

@@ -1,4 +1,4 @@
-"""Measures the methods of a recipe on this machine: time, memory, the update, the work of a GPU."""
+"""Measure the methods of a recipe on this machine: time, memory, the update, the work of a GPU."""
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +14,8 @@ from composer_sassha.benchmark.device import launches
 from composer_sassha.benchmark.floor import Floor, Raw, has_floor
 from composer_sassha.benchmark.memory import peaks
 from composer_sassha.benchmark.selection import batch_size, naming, with_batch_size
-from composer_sassha.benchmark.speed import Contestant, Spread, Times, race, ratio, spread
-from composer_sassha.benchmark.steps import Kind, Run, Timing, run_of
+from composer_sassha.benchmark.speed import Contestant, MedianInterval, Times, median_interval, race, ratio
+from composer_sassha.benchmark.steps import Kind, Stepper, Timing, stepper_of
 from composer_sassha.benchmark.update import Update, copies
 from composer_sassha.recipes.components import OPTIMIZERS
 from composer_sassha.recipes.config import Recipe
@@ -25,8 +25,8 @@ MICROBATCHES = 4  # of a refresh whose memory is compared with that of one
 _FLOOR, _RAW = " floor", " raw"  # what follows a method's name, in which there is no blank
 
 
-def measure(recipes: Mapping[str, Recipe], rounds: int, device: str | None = None) -> dict[str, Any]:
-    """Measure every method, and what it is compared with.
+def measure_methods(recipes: Mapping[str, Recipe], rounds: int, device: str | None = None) -> dict[str, Any]:
+    """Measure every method, plain SGD and plain AdamW.
 
     Args:
         recipes: by method; all with the same model and data.
@@ -34,8 +34,8 @@ def measure(recipes: Mapping[str, Recipe], rounds: int, device: str | None = Non
         device: "cpu" or "gpu"; None: the best there is.
 
     Returns:
-        What `bench.json` holds: the setting, and for every method its results; None where there is nothing to
-        measure.
+        The content of `bench.json`: the setting, and the results of every method; None where there is nothing
+        to measure.
 
     Raises:
         ConfigError: something cannot be built, or there is no such device.
@@ -58,7 +58,7 @@ def measure(recipes: Mapping[str, Recipe], rounds: int, device: str | None = Non
     methods = {
         method: {
             **_speed(method, times),
-            "update_over_adamw": _plain(updates[method].over(updates["adamw"])),
+            "update_over_adamw": _as_json(updates[method].over(updates["adamw"])),
             "launches": counts.get(method),
             **_compared(memory[method], memory["adamw"], parameters),
         }
@@ -82,7 +82,7 @@ def measure(recipes: Mapping[str, Recipe], rounds: int, device: str | None = Non
 
 
 def _references(recipes: Mapping[str, Recipe], first: Recipe) -> dict[str, Recipe]:
-    """Plain SGD and AdamW, with which all is compared; a recipe's own method of that name is to be plain."""
+    """Return plain SGD and AdamW, which every method is compared with."""
     for name in ("sgd", "adamw"):
         if name in recipes and recipes[name].algorithms:
             raise ConfigError(
@@ -105,33 +105,33 @@ def _cpu(timing: Timing) -> float:
 def _steps(
     recipes: Mapping[str, Recipe], rounds: int, clock: Callable[[Timing], float], device: str
 ) -> tuple[dict[str, Times], dict[str, Any], int]:
-    """Time the methods and their floors, and count what they ask of a GPU."""
+    """Time the methods and their floors; on a GPU, count kernels and waits too."""
     contestants: dict[str, Contestant] = {}
     counts = {}
-    with ExitStack() as open_runs:
+    with ExitStack() as stack:
         for method, recipe in recipes.items():
             with naming(method):
-                run = run_of(recipe, device=device)
-                open_runs.callback(run.close)
-                run.warm_up()
-            contestants[method] = run
-            if method in ("sgd", "adamw") or not has_floor(run):
+                stepper = stepper_of(recipe, device=device)
+                stack.callback(stepper.close)
+                stepper.warm_up()
+            contestants[method] = stepper
+            if method in ("sgd", "adamw") or not has_floor(stepper):
                 continue
-            floor, raw = Floor(recipe, run, device), Raw(run)
-            open_runs.callback(floor.close)
+            floor, raw = Floor(recipe, stepper, device), Raw(stepper)
+            stack.callback(floor.close)
             for name, contestant in ((_FLOOR, floor), (_RAW, raw)):
                 for kind in 2 * [*contestant.schedule]:
                     contestant.take(kind)
                 contestants[method + name] = contestant
         times = race(contestants, rounds, clock)
-        runs = {method: contestants[method] for method in recipes}
+        steppers = {method: contestants[method] for method in recipes}
         if device == "gpu":
             counts = {
-                method: {_named(kind): launches(run, kind)._asdict() for kind in run.schedule}
-                for method, run in runs.items()
-                if isinstance(run, Run)
+                method: {_kind_name(kind): launches(stepper, kind)._asdict() for kind in stepper.schedule}
+                for method, stepper in steppers.items()
+                if isinstance(stepper, Stepper)
             }
-        model = next(iter(runs.values())).trainer.state.model  # type: ignore[attr-defined]
+        model = next(iter(steppers.values())).trainer.state.model  # type: ignore[attr-defined]
         return times, counts, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -150,17 +150,17 @@ def _updates(
 
 
 def _memory(method: str, recipe: Recipe, device: str) -> dict[str, Any]:
-    """The peaks of a method's kinds of steps, and what more microbatches add to a refresh."""
+    """Return the peak of each kind of step, and the ratio of a refresh in microbatches to one of them."""
     with naming(method):
         found, whole = peaks(recipe, device)
         refresh = next((kind for kind in found if kind.refreshes), None)
         ratio, size = None, batch_size(recipe)
         # A part of the batch is not the same part of one microbatch and of several.
         if refresh is not None and whole and size % MICROBATCHES == 0:
-            share = size // MICROBATCHES
-            in_many = replace(recipe, device_train_microbatch_size=share)
+            samples = size // MICROBATCHES
+            in_many = replace(recipe, device_train_microbatch_size=samples)
             many, _ = peaks(in_many, device)
-            one, _ = peaks(with_batch_size(in_many, share), device)
+            one, _ = peaks(with_batch_size(in_many, samples), device)
             ratio = many[refresh] / one[refresh]
     return {
         "ordinary": max((peak for kind, peak in found.items() if not kind.refreshes), default=None),
@@ -175,39 +175,39 @@ def _speed(method: str, times: Mapping[str, Times]) -> dict[str, Any]:
         "milliseconds": _milliseconds(own.steps),
         "kinds": [
             {
-                "kind": _named(kind),
+                "kind": _kind_name(kind),
                 "share": count / own.schedule.total(),
                 "milliseconds": _milliseconds(own.kinds[kind]),
-                "over_floor": floor and _plain(ratio(own.kinds[kind], floor.kinds[kind])),
+                "over_floor": floor and _as_json(ratio(own.kinds[kind], floor.kinds[kind])),
             }
             for kind, count in own.schedule.items()
         ],
-        "over_sgd": _plain(own.over(times["sgd"])),
+        "over_sgd": _as_json(own.over(times["sgd"])),
         "floor_milliseconds": floor and _milliseconds(floor.steps),
-        "over_floor": floor and _plain(own.over(floor)),
+        "over_floor": floor and _as_json(own.over(floor)),
         "raw_milliseconds": raw and _milliseconds(raw.steps),
-        "floor_over_raw": floor and raw and _plain(floor.over(raw)),
+        "floor_over_raw": floor and raw and _as_json(floor.over(raw)),
     }
 
 
 def _compared(memory: dict[str, Any], adamw: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """The memory beside AdamW's, in copies of the parameters."""
+    """Return the memory, and how much more than AdamW's it is in copies of the parameters."""
     beyond = memory["ordinary"] and (memory["ordinary"] - adamw["ordinary"]) / (4 * parameters)
     return {"memory": memory, "copies_beyond_adamw": beyond}
 
 
 def _milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
-    return _plain(spread([1e3 * t for t in seconds]))
+    return _as_json(median_interval([1e3 * t for t in seconds]))
 
 
-def _plain(found: Spread) -> dict[str, Any]:
+def _as_json(found: MedianInterval) -> dict[str, Any]:
     return {**asdict(found), "vague": found.vague}
 
 
-def _named(kind: Kind) -> str:
-    """What a kind of step does, in a word or two.
+def _kind_name(kind: Kind) -> str:
+    """Return the name of a kind of step.
 
-    >>> _named(Kind(perturbs=True))
+    >>> _kind_name(Kind(perturbs=True))
     'perturbs'
     """
     return " and ".join(name for name, does in kind._asdict().items() if does) or "plain"

@@ -1,7 +1,6 @@
-"""The table of a comparison: what the seeds of each method add up to, and whether methods differ."""
+"""The rows of a comparison: each method, with what its seeds add up to."""
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,51 +8,48 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from composer_sassha.comparison.grid import Run
+from composer_sassha.comparison.grid import GridRun
 from composer_sassha.recipes.metrics import Metric, number
-
-LEVEL = 0.05  # of significance, for all tests of a table together
 
 
 @dataclass
 class Row:
-    """One method: its runs, and what is measured on those that are finished."""
+    """One method: its runs, and the results of those that are finished."""
 
     method: str
-    runs: list[Run]
+    runs: list[GridRun]
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """The content of each results.json that there is."""
+        """Return the content of each results.json that there is."""
         return [run.results for run in self.runs if run.results is not None]
 
     @property
     def reported(self) -> float | None:
-        """The published value of the metric that ranks, as it is shown."""
+        """Return the published value of the metric that ranks, as it is shown."""
         return self.runs[0].recipe.reported
 
     def values(self, metric: Metric) -> list[float]:
-        """The metric of each finished run, as it is shown; NaN where it was not finite."""
+        """Return the metric of each finished run, as it is shown; NaN where it was not finite."""
         return [metric.scale * number(r.get(metric.name)) for r in self.results]
 
     def mean(self, metric: Metric) -> float | None:
-        """Over the seeds; None without any."""
+        """Return the mean over the seeds; None without any."""
         values = self.values(metric)
         return float(np.mean(values)) if values else None
 
     def deviation(self, metric: Metric) -> float | None:
-        """The sample's standard deviation over the seeds; None with fewer than two."""
+        """Return the sample's standard deviation over the seeds; None with fewer than two."""
         values = self.values(metric)
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     def cost(self, baseline: Sequence[dict[str, Any]], clock: str) -> list[float]:
-        """Each run's time of a step, in units of the median of the baseline's runs on equal machines.
+        """Return the step time of each run, in units of the baseline's median on equal machines.
 
         Args:
-            baseline: the results of its runs.
-            clock: which of the times, see `step_clock`.
+            baseline: results of its runs.
+            clock: key of the time that counts, from `step_clock`.
         """
         costs = []
         for run in self.results:
@@ -64,16 +60,16 @@ class Row:
 
     @cached_property
     def skipped_steps(self) -> int:
-        """Steps in which nothing changed, over all finished runs."""
-        # Each is logged in its own record; the number there begins anew when a run is continued.
+        """Return the number of steps that changed nothing, over all finished runs."""
+        # Each has a record of its own. The count in it restarts when a run is continued, so records count.
         finished = (run for run in self.runs if run.results is not None)
         return sum(
             any(key.endswith("/skipped_steps") for key in r) for run in finished for r in run.records()
         )
 
 
-def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """One row for each method, in the order of the runs."""
+def rows_of(runs: Iterable[GridRun]) -> list[Row]:
+    """Return one row for each method, in the order of the runs."""
     rows: dict[str, Row] = {}
     for run in runs:
         rows.setdefault(run.recipe.method, Row(run.recipe.method, [])).runs.append(run)
@@ -81,7 +77,7 @@ def rows_of(runs: Iterable[Run]) -> list[Row]:
 
 
 def best_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
-    """The row with the best mean, and those that equal it, among those with the largest number of seeds."""
+    """Return the rows with the best mean, among those with the largest number of seeds."""
     seeds = max(len(row.results) for row in rows)
     means = [
         (row, mean) for row in rows if len(row.results) == seeds and (mean := row.mean(metric)) is not None
@@ -94,27 +90,6 @@ def best_rows(rows: Sequence[Row], metric: Metric) -> list[Row]:
 
 
 def winner(rows: Sequence[Row], metrics: Sequence[Metric]) -> Row | None:
-    """The best row in the first metric, between equals in the last; None if there is no finite mean."""
+    """Return the best row in the first metric, between equals in the last; None without a finite mean."""
     best = best_rows(rows, metrics[0])
     return (best_rows(best, metrics[-1]) or best)[0] if best else None
-
-
-def welch(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of Welch's t-test; None where it does not exist.
-
-    That is with fewer than two values on either side, where neither side varies, and with values that are not
-    finite.
-
-    >>> round(welch([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]), 4)
-    0.2838
-    >>> welch([1.0], [1.0, 2.0]) is welch([1.0, 1.0], [2.0, 2.0]) is None
-    True
-    """
-    if min(len(first), len(second)) < 2 or len({*first}) == len({*second}) == 1:
-        return None
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Precision loss"
-        )  # one side does not vary, which is no harm
-        p = float(stats.ttest_ind(first, second, equal_var=False).pvalue)
-    return p if math.isfinite(p) else None

@@ -1,0 +1,1 @@
+"""Tables, pictures and tests of significance that the reports of several commands share."""
