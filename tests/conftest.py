@@ -47,3 +47,8 @@ def _seeded():
     import torch
 
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that launch processes first: the worker that runs them all must not begin last."""
+    items.sort(key=lambda item: not any("launch" in mark.args for mark in item.iter_markers("xdist_group")))

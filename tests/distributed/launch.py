@@ -1,4 +1,8 @@
-"""Real processes over gloo. Two go through many checks in one launch, and the tests read the results."""
+"""Start real processes over gloo; two of them run many checks in one launch, and the tests read the results.
+
+Mark every test that starts several processes with `launches`: with `pytest -n 2 --dist loadgroup`, one worker
+runs all of them, before anything else, so that two launches never share the cores.
+"""
 
 import multiprocessing
 import os
@@ -14,16 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+from composer.models import ComposerModel
 from composer.utils import collect_env, dist, get_free_tcp_port
+from torchmetrics import MetricCollection
+
+launches = pytest.mark.xdist_group("launch")
 
 # The processes
 
 
 @cache
 def server() -> Any:
-    """A process that has imported everything, and has no threads: its forks start in no time."""
+    """Start the process that ranks are forked from: it has imported everything and has no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers", "tests.methods"])
+    context.set_forkserver_preload(["tests.distributed.warm"])
     first = context.Process(target=int)
     first.start()
     first.join()
@@ -90,8 +98,15 @@ def finish(processes: Sequence[BaseProcess], seconds: float = 540) -> bool:
 # The checks
 
 
+def selected(request: pytest.FixtureRequest) -> list[str]:
+    """Return the `check` of every test of this module that `-k` and `-m` have left."""
+    here = [item for item in request.session.items if item.path == request.path]
+    calls = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    return list(dict.fromkeys(call["check"] for call in calls if "check" in call))
+
+
 def launch(work: Callable[..., None], out: Path, *arguments: Any, seconds: float = 1200) -> str:
-    """Have two ranks do `work(out, *arguments)`, which leaves results there. Return what else they said."""
+    """Run `work(out, *arguments)`, which leaves results in `out`, on two ranks; return their log's end."""
     finish(start(2, out / "log", work, out, *arguments), seconds)
     return (out / "log").read_text()[-4000:]
 
@@ -99,7 +114,7 @@ def launch(work: Callable[..., None], out: Path, *arguments: Any, seconds: float
 def run_checks(
     checks: Mapping[str, Callable[[], None]], out: Path, double: Callable[[str], bool] = lambda _: False
 ) -> None:
-    """Run the checks in order, and leave a file for each; `double` says which are in float64."""
+    """Run the checks in order and write a file for each; `double` says which are in float64."""
     for name, check in checks.items():
         torch.set_default_dtype(torch.float64 if double(name) else torch.float32)
         try:
@@ -113,9 +128,15 @@ def run_checks(
 
 
 def assert_passed(check: str, out: Path, log: str, ranks: int = 2) -> None:
-    """Fail if a check has failed on some rank, or has not been reached."""
+    """Fail if a check has failed on some rank, or was not reached."""
     for rank in range(ranks):
         file = out / f"{check}.rank{rank}"
         if not file.exists():
             pytest.fail(f"rank {rank} did not get there: {log}")
         assert file.read_text() == "passed"
+
+
+def without_metrics(model: ComposerModel) -> ComposerModel:
+    """Let a model train without metrics; gathering those of each batch takes longer than its passes."""
+    model.train_metrics = MetricCollection([])
+    return model

@@ -1,8 +1,9 @@
-"""What each of two ranks does with sharded parameters (FSDP2). Started by test_sharded.py."""
+"""The checks of sharded parameters (FSDP2) that each of two ranks runs. See test_sharded.py."""
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from composer_sassha.common.sharding import local
 from composer_sassha.curvature import LazyCurvature, rademacher
 from composer_sassha.curvature.gauss_newton import draw_labels
 from composer_sassha.perturbations import SAMPerturbation
-from tests.distributed.launch import run_checks
+from tests.distributed.launch import run_checks, without_metrics
 from tests.helpers import Injected, Spy, assert_same, copied, images, trainer
 from tests.methods import adahessian, adamw, sassha, sgd, sophia
 
@@ -65,6 +66,7 @@ CURVED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
 }
 ESTIMATED = [("gauss_newton", 0.3), ("finite_difference", 0.3), ("finite_difference", 0.0)]
 KINDS = ("sharded", "full")
+RESUMED = ("looksam", "adamw_msam", *CURVED)
 # Saved by so many ranks, loaded by another number.
 ACROSS = ("looksam", "sassha")
 # A checkpoint of the one, continued with the other.
@@ -77,7 +79,7 @@ def network() -> ComposerClassifier:
     net = nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
     )
-    return ComposerClassifier(net.to(dtype), num_classes=3)
+    return without_metrics(ComposerClassifier(net.to(dtype), num_classes=3))
 
 
 def dataset(count: int = 40) -> TensorDataset:
@@ -423,26 +425,32 @@ OTHERS = [
 ]
 
 
-def main(out: Path) -> None:
-    warnings.simplefilter("ignore")
-    checks = {f"agrees[{name}]": lambda name=name: agrees(name) for name in PERTURBED}
+def checks_in(out: Path) -> dict[str, Callable[[], None]]:
+    """Return every check by its name, in the order in which they run; `out` is for their files."""
+    checks = {f"agrees[{name}]": partial(agrees, name) for name in PERTURBED}
     for estimator, rho in ESTIMATED:
-        checks[f"curvature_agrees[{estimator}-{rho}]"] = lambda e=estimator, r=rho: curvature_agrees(e, r)
+        checks[f"curvature_agrees[{estimator}-{rho}]"] = partial(curvature_agrees, estimator, rho)
     for name in ACROSS:
-        checks[f"loads[{name}]"] = lambda n=name: loads(n, out / "from_one" / n)
-        checks[f"saves[{name}]"] = lambda n=name: save(n, out / "from_two" / n)
+        checks[f"loads[{name}]"] = partial(loads, name, out / "from_one" / name)
+        checks[f"saves[{name}]"] = partial(save, name, out / "from_two" / name)
     for kind in KINDS:
-        for name in ("looksam", "adamw_msam", *CURVED):
-            folder = out / "checkpoints" / kind / name
-            checks[f"resumes[{name}-{kind}]"] = lambda n=name, k=kind, f=folder: resumes(n, k, f)
+        folder = out / "checkpoints" / kind
+        for name in RESUMED:
+            checks[f"resumes[{name}-{kind}]"] = partial(resumes, name, kind, folder / name)
         for before, after in CHANGES:
-            folder = out / "checkpoints" / kind / f"{before}_{after}"
-            checks[f"changes[{before}-{after}-{kind}]"] = lambda b=before, a=after, k=kind, f=folder: changes(
-                b, a, k, f
-            )
-    for at_pass in (1, 2):
-        checks[f"an_exception_leaves_the_weights[{at_pass}]"] = lambda at_pass=at_pass: (
-            an_exception_leaves_the_weights(at_pass)
+            part = folder / f"{before}_{after}"
+            checks[f"changes[{before}-{after}-{kind}]"] = partial(changes, before, after, kind, part)
+    for number in (1, 2):
+        checks[f"an_exception_leaves_the_weights[{number}]"] = partial(
+            an_exception_leaves_the_weights, number
         )
-    checks.update({check.__name__: check for check in OTHERS})
-    run_checks(checks, out, double=lambda name: "agrees" in name)
+    return checks | {check.__name__: check for check in OTHERS}
+
+
+def main(out: Path, names: Sequence[str]) -> None:
+    """Run the named checks of `checks_in`."""
+    warnings.simplefilter("ignore")
+    found = checks_in(out)
+    run_checks(
+        {name: found[name] for name in found if name in names}, out, double=lambda name: "agrees" in name
+    )

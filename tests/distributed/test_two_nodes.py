@@ -1,7 +1,12 @@
-"""Two nodes that share a disk end as two processes of one; here they are two launchers on this machine."""
+"""Two nodes that share a disk end as two processes of one node do.
+
+By default they are two processes with the environment that a launcher gives them. With `-m slow` they are
+two real launchers on this machine.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +19,10 @@ from composer.utils import dist, get_free_tcp_port
 
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import train_recipe
-from tests.distributed.launch import finish, start, wait
+from tests.distributed.launch import finish, launches, start, wait
 from tests.helpers import assert_same
+
+pytestmark = launches
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["max_duration=12ba", "save_interval=5ba", "progress_bar=false"]
@@ -36,7 +43,7 @@ SLURM = (  # after srun, which sets these
 
 
 def on_two_nodes(command: str, folder: Path) -> list[tuple[int, str]]:
-    """Return the exit status and the output of both."""
+    """Run the command on each node; return the exit status and the output of both."""
     port = get_free_tcp_port()
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     nodes = [
@@ -67,28 +74,48 @@ def one_node(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("launcher", [COMPOSER, TORCHRUN], ids=["composer", "torchrun"])
-def test_two_nodes_do_the_job_of_one(launcher, one_node, tmp_path):
-    (status, said), (other_status, other_said) = on_two_nodes(f"{launcher} {TRAIN}", tmp_path)
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Train on two nodes, of which the second breaks down after the first checkpoint."""
+    folder = tmp_path_factory.mktemp("broken")
+    log = folder.with_suffix(".log")
+    nodes = start(2, log, break_down_in, folder, nodes=2, meet=False)
+    wait(nodes, seconds=240)
+    nodes[0].join(240)
+    assert all(node.exitcode for node in nodes), "the other one notices"
+    assert list(folder.glob("runs/digits/sassha/seed0/checkpoints/ep0-ba5-rank0.pt")), log.read_text()
+    return folder
+
+
+def test_two_nodes_continue_after_one_has_broken_down(one_node, broken, tmp_path):
+    shutil.copytree(broken / "runs", tmp_path / "runs", symlinks=True)
+    log = tmp_path.with_suffix(".log")
+    assert finish(start(2, log, train_in, tmp_path, nodes=2, meet=False)), log.read_text()
+    same_end(one_node, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [COMPOSER, TORCHRUN, SLURM], ids=["composer", "torchrun", "slurm"])
+def test_two_launchers_train_as_one_node_does(launcher, one_node, tmp_path):
+    trained_by(launcher, one_node, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_same_commands_continue_after_a_breakdown(one_node, broken, tmp_path):
+    shutil.copytree(broken / "runs", tmp_path / "runs", symlinks=True)
+    trained_by(SLURM, one_node, tmp_path)
+
+
+def trained_by(launcher: str, one_node: Path, folder: Path) -> None:
+    """Run the command on both nodes; one of them names the run folder."""
+    (status, said), (other_status, other_said) = on_two_nodes(f"{launcher} {TRAIN}", folder)
     assert status == other_status == 0, said + other_said
     assert said.count("run folder: ") == 1 and "run folder: " not in other_said
-    same_end(one_node, tmp_path)
-
-
-def test_the_same_commands_continue_after_a_node_has_broken_down(one_node, tmp_path):
-    log = tmp_path.with_suffix(".log")
-    broken = start(2, log, break_down_in, tmp_path, nodes=2, meet=False)
-    wait(broken, seconds=240)
-    broken[0].join(240)
-    assert all(node.exitcode for node in broken), "the other one notices"
-    assert list(tmp_path.glob("runs/digits/sassha/seed0/checkpoints/ep0-ba5-rank0.pt")), log.read_text()
-    (status, said), (other_status, other_said) = on_two_nodes(f"{SLURM} {TRAIN}", tmp_path)
-    assert status == other_status == 0, said + other_said
-    same_end(one_node, tmp_path)
+    same_end(one_node, folder)
 
 
 def same_end(first: Path, second: Path) -> None:
-    """The same files, results, metrics, weights, state and random numbers, whatever the time it took."""
+    """Compare files, results, metrics, weights, state and random numbers, whatever the time it took."""
     folders = [root / "runs/digits/sassha/seed0" for root in (first, second)]
     files = [sorted(str(path.relative_to(root)) for path in root.rglob("*")) for root in (first, second)]
     assert files[0] == files[1]
@@ -108,7 +135,7 @@ def same_end(first: Path, second: Path) -> None:
 
 
 class Breakdown(Callback):
-    """Ends the second node's process as a failure of its machine would."""
+    """End the second node's process as a failure of its machine would."""
 
     def batch_start(self, state, logger):
         if dist.get_global_rank() == 1 and state.timestamp.batch == 7:

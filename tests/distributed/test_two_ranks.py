@@ -1,32 +1,25 @@
-"""Two real processes over gloo: one launch runs every check, the tests read the results."""
+"""Two real processes over gloo: one launch runs every selected check, and the tests read the results."""
+
+from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import assert_passed, launch
-from tests.distributed.worker import FAULTS, REPLICAS, STRATEGIC, TAKING_TURNS, main
-from tests.methods import METHODS
+from tests.distributed.launch import assert_passed, launch, launches, selected
+from tests.distributed.worker import REPLICAS, checks_in, long, main
+from tests.methods import METHODS, by_default
 
+SLOW = {f"trains[{method}]" for method in METHODS if not by_default(method)}
 CHECKS = [
-    *[f"{check}[{method}]" for method in METHODS for check in ("replicas", "resumes")],
-    *[f"{check}[{microbatch}]" for microbatch in (10, 3) for check in ("separable", "one_process_agrees")],
-    "one_process_agrees[uneven]",
-    *[f"sync_strategies[{name}]" for name in STRATEGIC],
-    *[f"an_overflow_on_one_rank[{number}]" for number in (1, 2)],
-    *[f"{check}[{name}]" for check, name in FAULTS],
-    *[f"branches_that_take_turns[{name}]" for name in TAKING_TURNS],
-    *[f"gsam_combines[{sync}]" for sync in (False, True)],
-    *[f"a_parameter_that_one_rank_uses[{name}]" for name in ("sam_sgd", "gsam_sgd", "looksam_sgd")],
-    "a_rank_without_a_gradient",
-    "optimizer_of_the_head_alone",
-    "evaluates_with_the_buffers_of_rank_zero",
-    *[f"leaves_no_trace[{fraction}]" for fraction in (1.0, 0.4)],
+    pytest.param(check, id=check, marks=[pytest.mark.slow] if check in SLOW else [])
+    for check in checks_in(Path())
 ]
+pytestmark = launches
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
-    return out, launch(main, out)
+    return out, launch(main, out, selected(request))
 
 
 @pytest.mark.timeout(1300)  # the first waits for all
@@ -36,9 +29,12 @@ def test_on_two_ranks(check, results):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-def test_replicas_are_equal_after_500_steps(tmp_path):
-    """Of every method: with overflows, and without gradients, on one rank."""
-    log = launch(main, tmp_path, 500, seconds=7000)
+@pytest.mark.timeout(4000)
+def test_replicas_are_equal_after_150_steps(tmp_path):
+    """Run every method, with overflows and without gradients on one rank too.
+
+    In 150 steps every pair of pass and fault comes about twenty times, and every interval fifty times.
+    """
+    log = launch(long, tmp_path, 150, seconds=3900)
     for check, method in REPLICAS:
         assert_passed(f"{check}[{method}]", tmp_path, log)

@@ -1,11 +1,14 @@
-"""What each of two ranks does: every check once, its result in a file. Started by test_two_ranks.py."""
+"""The checks that each of two ranks runs once, each with its result in a file. See test_two_ranks.py."""
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from composer import Trainer
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
@@ -19,7 +22,7 @@ from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
 from tests.algorithms.test_sassha import Separable, scalars
-from tests.distributed.launch import run_checks
+from tests.distributed.launch import run_checks, without_metrics
 from tests.helpers import (
     Spy,
     assert_same,
@@ -35,18 +38,51 @@ from tests.helpers import (
 from tests.methods import METHODS, MORE, NAMED, Method, sgd
 
 
-def replicas(method: Method, steps: int) -> None:
-    """After many steps on different data, along different perturbations, both ranks hold the same weights."""
-    run = method_trainer(
-        method, dataset=images(80), max_duration=f"{steps}ba", device_train_microbatch_size=7
-    )
+def trains(method: Method, folder: Path, steps: int = 12) -> None:
+    """Train on different data, along different perturbations: the replicas stay equal.
+
+    A run that is resumed in mid-epoch, between two refreshes, ends as the uninterrupted one. The special rows
+    are also resumed one batch earlier, as their intervals differ.
+    """
+    batches = (6, 7) if method in MORE else (7,)  # an epoch has four
+
+    def due(state: State, event: Event) -> bool:
+        return event == Event.BATCH_CHECKPOINT and state.timestamp.batch in batches
+
+    def build(**kwargs: Any) -> Trainer:
+        return worker_trainer(method, max_duration=f"{steps}ba", device_train_microbatch_size=7, **kwargs)
+
+    run = build(save_folder=str(folder), save_interval=due, save_filename="ba{batch}.pt")
     run.fit()
+    assert_replicas(run, steps)
+    expected = everything(run)
+    run.close()
+    for batch in batches:
+        resumed = build(load_path=str(folder / f"ba{batch}.pt"))
+        assert resumed.state.timestamp.batch == batch
+        resumed.fit()
+        assert_same(expected, everything(resumed), f"rank {dist.get_global_rank()}, from batch {batch}")
+        resumed.close()
+
+
+def worker_trainer(method: Method, **kwargs: Any) -> Trainer:
+    return method_trainer(method, **{"model": without_metrics(network()), "dataset": images(80), **kwargs})
+
+
+def replicas(method: Method, steps: int) -> None:
+    """Train on different data, along different perturbations: both ranks hold the same weights."""
+    run = worker_trainer(method, max_duration=f"{steps}ba", device_train_microbatch_size=7)
+    run.fit()
+    assert_replicas(run, steps)
+    run.close()
+
+
+def assert_replicas(run: Trainer, steps: int) -> None:
     (optimizer,) = run.state.optimizers
     assert optimizer.steps_taken == steps
     norms = dist.all_gather_object(optimizer.metrics.get("grad_norm"))
     assert norms[0] is None or norms[0] != norms[1], "the ranks perturb along their own gradients"
     assert_equal_on_all_ranks([[*run.state.model.parameters()], optimizer.state_dict()])
-    run.close()
 
 
 def replicas_under_overflow(method: Method, steps: int) -> None:
@@ -59,9 +95,7 @@ def replicas_under_overflow(method: Method, steps: int) -> None:
             next(state.model.parameters()).grad.fill_(torch.inf)
 
     with float16_on_cpu() as settings:
-        run = method_trainer(
-            method, dataset=images(80), max_duration=f"{steps}ba", callbacks=[Spy(overflow)], **settings
-        )
+        run = worker_trainer(method, max_duration=f"{steps}ba", callbacks=[Spy(overflow)], **settings)
         run.fit()
     (optimizer,) = run.state.optimizers
     assert optimizer.skipped_steps > 0 and optimizer.steps_taken + optimizer.skipped_steps == steps
@@ -83,8 +117,8 @@ class Sometimes(nn.Module):
 
 
 def replicas_without_gradients(method: Method, steps: int) -> None:
-    """Now and then one rank, or both, has no gradient for a part of the model."""
-    model = network()
+    """Leave a layer out at random: one rank, or both, has no gradient for it, other ones in each pass."""
+    model = without_metrics(network())
     *layers, head = model.module
     model.module = nn.Sequential(*layers, Sometimes(head.in_features), head)
     run = trainer(
@@ -105,24 +139,6 @@ def assert_equal_on_all_ranks(tree: Any) -> None:
     mine = copied(tree)
     for other in dist.all_gather_object(mine):
         assert_same(mine, other)
-
-
-def resumes(method: Method, folder: Path) -> None:
-    """A run resumed in mid-epoch ends as the uninterrupted one."""
-
-    def build(**kwargs):
-        return method_trainer(method, dataset=images(80), device_train_microbatch_size=7, **kwargs)
-
-    batches, interval = ((1, 3, 6), "1ba") if method in MORE else ((3,), "3ba")
-    run = build(save_folder=str(folder), save_interval=interval, save_filename="ba{batch}.pt")
-    run.fit()
-    expected = everything(run)
-    run.close()
-    for batch in batches:
-        resumed = build(load_path=str(folder / f"ba{batch}.pt"))
-        resumed.fit()
-        assert_same(expected, everything(resumed), f"rank {dist.get_global_rank()}, from batch {batch}")
-        resumed.close()
 
 
 def recording(model: ComposerModel) -> list:
@@ -229,7 +245,11 @@ def sync_strategies(method: Method) -> None:
                 if hasattr(part, "sync_ascent"):
                     part.sync_ascent = sync_ascent
         run = trainer(
-            method.optimizer, algorithms, device_train_microbatch_size=7, ddp_sync_strategy=strategy
+            method.optimizer,
+            algorithms,
+            model=without_metrics(network()),
+            device_train_microbatch_size=7,
+            ddp_sync_strategy=strategy,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -361,32 +381,6 @@ def a_parameter_that_one_rank_uses(method: Method) -> None:
     run.close()
 
 
-def branches_that_take_turns(method: Method) -> None:
-    """Each rank leaves out branches at random, other ones on every pass that draws anew."""
-
-    class Stochastic(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(3)
-            self.stem, self.branch, self.head = nn.Linear(50, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-        def forward(self, x):
-            h = self.stem(x.flatten(1)).tanh()
-            return self.head(h + self.branch(h) if torch.rand(()) < 0.5 else h)
-
-    model = ComposerClassifier(Stochastic(), num_classes=3)
-    run = trainer(
-        method.optimizer,
-        [*method.algorithms(), Unused()],
-        model=model,
-        dataset=images(80),
-        max_duration="10ba",
-    )
-    run.fit()
-    assert_equal_on_all_ranks([*model.parameters()])
-    run.close()
-
-
 def an_overflow_on_one_rank(in_pass: int) -> None:
     """Both ranks skip the step, and both back the scale off, once."""
     torch.manual_seed(3)
@@ -463,7 +457,14 @@ def leaves_no_trace(ascent_fraction: float) -> None:
     """A second pass at radius 0 changes nothing, nor BatchNorm's statistics, which differ between ranks."""
 
     def train(algorithms: list[Algorithm]) -> Any:
-        run = trainer(sgd, algorithms, dataset=images(80), max_duration="7ba", device_train_microbatch_size=7)
+        run = trainer(
+            sgd,
+            algorithms,
+            model=without_metrics(network()),
+            dataset=images(80),
+            max_duration="7ba",
+            device_train_microbatch_size=7,
+        )
         run.fit()
         found = copied([run.state.model.state_dict(), rng_states()])
         run.close()
@@ -473,7 +474,7 @@ def leaves_no_trace(ascent_fraction: float) -> None:
 
 
 STRATEGIC = ("sam_sgd", "gsam_sgd", "looksam_sgd", "sassha")
-# What may tear replicas apart, and the methods that it is tried on: differences are refused in float16.
+# What may tear replicas apart, and the methods that it is tried on. Differences are refused in float16.
 WHAT_KEEPS = {
     "replicas": replicas,
     "replicas_under_overflow": replicas_under_overflow,
@@ -490,46 +491,43 @@ FAULTS = [
     for check in ("replicas_under_overflow", "replicas_without_gradients")
     for name in ("sam_sgd_every_2", "gsam_adamw", "looksam_sgd", "esam_sgd", "sassha", "msassha")
 ]
-TAKING_TURNS = ("sam_sgd_every_2", "gsam_sgd", "looksam_sgd", "esam_sgd", "sassha")
+LONGER = ("looksam_adamw", "sassha_scheduled")
 
 
-def main(out: Path, steps: int | None = None) -> None:
-    """Run the checks; with a number of steps, those of equal replicas alone, for so many steps each."""
-    warnings.simplefilter("ignore")
-    if steps is not None:
-        run_checks(
-            {f"{check}[{m}]": lambda c=check, m=m: WHAT_KEEPS[c](m, steps) for check, m in REPLICAS}, out
-        )
-        return
-    checks = {}
-    for method in METHODS:
-        checks[f"replicas[{method}]"] = lambda m=method: replicas(m, steps=100 if m in MORE else 30)
-        checks[f"resumes[{method}]"] = lambda method=method: resumes(
-            method, out / "checkpoints" / method.name
-        )
+def checks_in(out: Path) -> dict[str, Callable[[], None]]:
+    """Return every check by its name, in the order in which they run; `out` is for their files."""
+    folder = out / "checkpoints"
+    checks = {f"trains[{m}]": partial(trains, m, folder / m.name) for m in METHODS}
     for microbatch in (10, 3):
-        checks[f"separable[{microbatch}]"] = lambda m=microbatch: separable(m)
-        checks[f"one_process_agrees[{microbatch}]"] = lambda m=microbatch: one_process_agrees(m)
-    checks["one_process_agrees[uneven]"] = lambda: one_process_agrees(4, uneven=True)
-    for name in STRATEGIC:
-        checks[f"sync_strategies[{name}]"] = lambda name=name: sync_strategies(NAMED[name])
-    for number in (1, 2):
-        checks[f"an_overflow_on_one_rank[{number}]"] = lambda n=number: an_overflow_on_one_rank(n)
-    for check, name in FAULTS:
-        checks[f"{check}[{name}]"] = lambda c=check, name=name: WHAT_KEEPS[c](NAMED[name], 15)
-    for name in TAKING_TURNS:
-        checks[f"branches_that_take_turns[{name}]"] = lambda name=name: branches_that_take_turns(NAMED[name])
-    for sync in (False, True):
-        checks[f"gsam_combines[{sync}]"] = lambda sync=sync: gsam_combines(sync)
+        checks[f"separable[{microbatch}]"] = partial(separable, microbatch)
+        checks[f"one_process_agrees[{microbatch}]"] = partial(one_process_agrees, microbatch)
+    checks["one_process_agrees[uneven]"] = partial(one_process_agrees, 4, uneven=True)
+    checks |= {f"sync_strategies[{name}]": partial(sync_strategies, NAMED[name]) for name in STRATEGIC}
+    checks |= {f"an_overflow_on_one_rank[{n}]": partial(an_overflow_on_one_rank, n) for n in (1, 2)}
+    checks |= {f"{check}[{name}]": partial(WHAT_KEEPS[check], NAMED[name], 15) for check, name in FAULTS}
+    checks |= {f"replicas[{name}]": partial(replicas, NAMED[name], 30) for name in LONGER}
+    checks |= {f"gsam_combines[{sync}]": partial(gsam_combines, sync) for sync in (False, True)}
     for name in ("sam_sgd", "gsam_sgd", "looksam_sgd"):
-        checks[f"a_parameter_that_one_rank_uses[{name}]"] = lambda name=name: a_parameter_that_one_rank_uses(
-            NAMED[name]
+        checks[f"a_parameter_that_one_rank_uses[{name}]"] = partial(
+            a_parameter_that_one_rank_uses, NAMED[name]
         )
-    checks["a_rank_without_a_gradient"] = a_rank_without_a_gradient
-    checks["optimizer_of_the_head_alone"] = optimizer_of_the_head_alone
-    checks["evaluates_with_the_buffers_of_rank_zero"] = evaluates_with_the_buffers_of_rank_zero
-    for fraction in (1.0, 0.4):
-        checks[f"leaves_no_trace[{fraction}]"] = lambda fraction=fraction: leaves_no_trace(fraction)
+    checks |= {f"leaves_no_trace[{fraction}]": partial(leaves_no_trace, fraction) for fraction in (1.0, 0.4)}
+    alone = (a_rank_without_a_gradient, optimizer_of_the_head_alone, evaluates_with_the_buffers_of_rank_zero)
+    return checks | {check.__name__: check for check in alone}
+
+
+def main(out: Path, names: Sequence[str]) -> None:
+    """Run the named checks of `checks_in`."""
+    warnings.simplefilter("ignore")
+    found = checks_in(out)
     run_checks(
-        checks, out, double=lambda name: name.startswith(("separable", "one_process", "gsam_combines"))
+        {name: found[name] for name in found if name in names},
+        out,
+        double=lambda name: name.startswith(("separable", "one_process", "gsam_combines")),
     )
+
+
+def long(out: Path, steps: int) -> None:
+    """Run the checks of equal replicas, for every method and fault."""
+    warnings.simplefilter("ignore")
+    run_checks({f"{check}[{m}]": partial(WHAT_KEEPS[check], m, steps) for check, m in REPLICAS}, out)
