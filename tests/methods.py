@@ -1,9 +1,13 @@
-"""The table that feeds the general tests: a new method is tested by adding a row."""
+"""The table that feeds the general tests: a new method is tested by adding a row.
 
-from collections.abc import Callable
+`METHODS` has every row. `DEFAULT` has those that run by default; the other cells of the grid are `slow`.
+"""
+
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from composer.core import Algorithm
 from composer.optim import CosineAnnealingScheduler, LinearScheduler
@@ -147,3 +151,25 @@ METHODS = [
     if perturbation != "none" or rule in SECOND_ORDER
 ] + MORE
 NAMED = {method.name: method for method in METHODS}
+
+# A perturbation touches an update rule only through its state: MSAM reads it and LookSAM writes into it. So
+# those two run by default under every rule, and the others under SGD and in these cells.
+MIXED = ("gsam_adamw", "esam_sassha")
+
+
+def by_default(method: Method) -> bool:
+    """Whether the general tests run a method without `-m slow`."""
+    perturbation, _, rule = method.name.partition("_")
+    every_rule = perturbation in ("none", "msam", "looksam")
+    return method in MORE or method.name in MIXED or every_rule or rule == "sgd"
+
+
+DEFAULT = [method for method in METHODS if by_default(method)]
+
+
+def rows(methods: Iterable[Method]) -> list[Any]:
+    """Return a parameter per method, marked slow where it does not run by default."""
+    return [pytest.param(m, id=m.name, marks=[] if by_default(m) else pytest.mark.slow) for m in methods]
+
+
+each_method = pytest.mark.parametrize("method", rows(METHODS))
