@@ -386,7 +386,7 @@ def test_averages_hold_no_displaced_weights(name, rule, algorithms):
         [*algorithms(), ema, swa],
         model=convolutions(),
         dataset=images(),
-        batch_size=12,
+        batch_size=24,
         max_duration="3ep",
         eval_dataloader=DataLoader(images(), batch_size=48),
         eval_interval="1ba",

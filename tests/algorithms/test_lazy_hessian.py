@@ -370,8 +370,19 @@ def test_resumes_bit_for_bit(name, tmp_path):
     resumed.close()
 
 
-@each_estimator
-@pytest.mark.parametrize("fraction", [1.0, 0.3])
+# Whole batches are those of tests/models/test_compiled.py.
+@pytest.mark.parametrize(
+    ("name", "fraction"),
+    [
+        pytest.param(
+            name,
+            fraction,
+            marks=[] if fraction < 1 and name in ("hutchinson", "finite_difference") else pytest.mark.slow,
+        )
+        for name in ESTIMATORS
+        for fraction in (1.0, 0.3)
+    ],
+)
 def test_trains_a_model_that_the_trainer_compiles(name, fraction):
     torch._dynamo.reset()
     run = trainer(

@@ -36,10 +36,13 @@ from tests.helpers import (
 )
 from tests.methods import METHODS, MORE, NAMED, Method, each_method, rows
 
-# A batch of every method whose step is perturbed and refreshes, in the middle of an epoch.
+# The tests share the runs of one process.
+pytestmark = pytest.mark.xdist_group("methods")
+
+# A batch in mid-epoch that every method of the table perturbs and refreshes in.
 REFRESH = 18
-# The last epoch: these cover perturbed and unperturbed steps, those before and after a refresh, and the
-# border between two epochs.
+# The last epoch: it covers the border between two epochs, perturbed and unperturbed steps, and those before
+# and after a refresh.
 RESUMED = range(20, 24)
 
 
@@ -62,15 +65,15 @@ def build(method: Method, **kwargs: Any) -> Any:
 
 @dataclass
 class Whole:
-    """An uninterrupted run: its end, its checkpoints, and what was noticed on the way."""
+    """An uninterrupted run: its end, its checkpoints, and observations on the way."""
 
     folder: Path
     end: Any = None
     losses: list[float] = field(default_factory=list)
     graphs: Counter[int] = field(default_factory=Counter)
-    """How many times each batch asked for a graph of the gradient."""
+    """The number of second-order graphs, by batch."""
     looked: dict[Event, bool] = field(default_factory=dict)
-    """Whether the weights at an event between two steps were always those that the first step left."""
+    """Whether the weights at an event between two steps were always those after the first one."""
 
     def checkpoint(self, batch: int) -> str:
         return str(self.folder / f"ba{batch}.pt")
@@ -118,7 +121,7 @@ def train_whole(method: Method, folder: Path) -> Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Train a method once and return what was noticed."""
+    """Train each method once and return its run."""
 
     @cache
     def of(name):
@@ -163,19 +166,19 @@ def test_resumes_bit_for_bit(method, whole):
 
 
 class Failures:
-    """Raises in one try of a step after the other: in each pass and place once.
+    """Raises in each of the first tries of one step, at one (pass, place) after the other.
 
-    A place is an event, or inside forward or backward. Where microbatches come by, it is the second one's.
+    A place is an event, or inside forward or backward: of the second microbatch, where it has microbatches.
     """
 
     def __init__(self, places):
-        self.left, self.here, self.passes, self.calls = list(places), False, 0, Counter()
+        self.left, self.here, self.calls = list(places), False, Counter()
         self.spy = Spy(self.on_event)
 
     def install(self, run):
         net, train_batch = run.state.model.module, run._train_batch
-        net[5].register_forward_hook(lambda *_: self.pass_by("forward"))
-        net[0].weight.register_hook(lambda _: self.pass_by("backward"))
+        net[5].register_forward_hook(lambda *_: self.reach("forward"))
+        net[0].weight.register_hook(lambda _: self.reach("backward"))
 
         def retried(use_grad_scaling):
             before, metrics, batch = everything(run), run.state.train_metrics, run.state.batch
@@ -191,13 +194,13 @@ class Failures:
         run._train_batch = retried
 
     def on_event(self, event, state, passes):
-        # The callback counts passes from the start of the batch, not of the try.
+        # `passes` counts from the start of the batch, not of the try.
         if event == Event.BEFORE_TRAIN_BATCH:
             self.calls["passes"] += 1
         self.here = state.timestamp.batch == REFRESH
-        self.pass_by(event.value)
+        self.reach(event.value)
 
-    def pass_by(self, place):
+    def reach(self, place):
         key = (self.calls["passes"], place)
         self.calls[key] += 1
         once = place in ("before_train_batch", "after_train_batch")
