@@ -298,8 +298,8 @@ def test_what_does_not_resume_does_not_with_plain_sgd(name, tmp_path):
 TWICE = [
     (PLAIN, Method("sam", sgd, lambda: [SAM(rho=0.0)])),
     (
-        Method("hessian", sassha, lambda: [LazyHessian(3)]),
-        Method("sassha", sassha, lambda: [Sassha(rho=0.0, hessian_interval=3)]),
+        Method("hessian", sassha, lambda: [LazyHessian(2)]),
+        Method("sassha", sassha, lambda: [Sassha(rho=0.0, hessian_interval=2)]),
     ),
 ]
 
@@ -319,7 +319,7 @@ each_pair = pytest.mark.parametrize(
 def test_the_second_pass_is_not_seen_by_it(pair, companion):
     ends = []
     for method in pair:
-        run = companion.trainer(method, max_duration="4ba", device_train_microbatch_size=16)
+        run = companion.trainer(method, max_duration="3ba", device_train_microbatch_size=16)
         run.fit()
         ends.append(outcome(run))
         run.close()

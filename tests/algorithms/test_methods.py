@@ -40,23 +40,23 @@ from tests.methods import METHODS, MORE, NAMED, Method, each_method, rows
 pytestmark = pytest.mark.xdist_group("methods")
 
 # A batch in mid-epoch that every method of the table perturbs and refreshes in.
-REFRESH = 18
+REFRESH = 12
 # The last epoch: it covers the border between two epochs, perturbed and unperturbed steps, and those before
 # and after a refresh.
-RESUMED = range(20, 24)
+RESUMED = range(10, 14)
 
 
 def build(method: Method, **kwargs: Any) -> Any:
-    """Six epochs of four batches, each in two microbatches of unequal size, with dropout and BatchNorm."""
+    """Three epochs of five batches, each in two microbatches of unequal size, with dropout and BatchNorm."""
     model = digits_network()
     model.module.insert(3, nn.Dropout(0.2))
     return method_trainer(
         method,
         model=model,
         dataset=digits(),
-        batch_size=40,
-        device_train_microbatch_size=30,
-        max_duration="6ep",
+        batch_size=32,
+        device_train_microbatch_size=24,
+        max_duration="3ep",
         schedulers=CosineAnnealingWithWarmupScheduler("2ba"),
         eval_dataloader=DataLoader(digits(), batch_size=160),
         **kwargs,
@@ -110,7 +110,7 @@ def train_whole(method: Method, folder: Path) -> Whole:
             callbacks=[Spy(look)],
             save_folder=str(folder),
             save_filename="ba{batch}.pt",
-            save_interval=lambda state, _: state.timestamp.batch in (REFRESH - 1, *RESUMED),
+            save_interval=lambda state, _: state.timestamp.batch in RESUMED,
         )
         run.fit()
     whole.end = everything(run), copied(run.state.train_metric_values)
@@ -133,7 +133,7 @@ def whole(tmp_path_factory):
 @each_method
 def test_trains_the_digits(method, whole):
     losses = whole(method).losses
-    assert len(losses) == 24 and sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert len(losses) == 15 and sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 
 @each_method
@@ -160,7 +160,7 @@ def end_of(run):
 
 @each_method
 def test_resumes_bit_for_bit(method, whole):
-    for batch in RESUMED if method in MORE else [21]:
+    for batch in RESUMED if method in MORE else [11]:
         resumed = build(method, load_path=whole(method).checkpoint(batch))
         assert_same(whole(method).end, end_of(resumed), f"resumed from batch {batch}")
 

@@ -47,7 +47,7 @@ def test_the_mean_of_many_estimates_is_the_diagonal_within_the_derived_bound():
     params, loss = problem()
     hessian = full_hessian(params, loss)
     diagonal = hessian.diagonal()
-    samples = 2000
+    samples = 4000
     mean = estimate(params, loss, [(0, k) for k in range(samples)])
     # Var of one probe: sum over j != i of H_ij^2. Bernstein's inequality for bounded terms, |z_i (Hz)_i -
     # H_ii| <= b, and a union bound over the entries: the test fails by chance with probability at most 1e-9.

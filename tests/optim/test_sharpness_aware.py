@@ -493,6 +493,7 @@ def test_branches_that_take_turns_are_measured_before_they_move():
         assert p.abs().max() < 2 and optimizer.state[p]["hessian_step"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_buffers_that_nobody_can_write_into_are_left_alone():
     model = net()
     model.register_buffer("expanded", torch.zeros(1).expand(5))

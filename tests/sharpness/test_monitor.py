@@ -24,6 +24,9 @@ from tests.helpers import Injected, assert_same, copied, everything, images, met
 from tests.methods import NAMED, sgd
 from tests.sharpness.worker import CHECKS, main
 
+# The last batch of an evaluation is smaller than the others.
+pytestmark = pytest.mark.filterwarnings("ignore:Cannot split tensor of length")
+
 QUICK = Measures(eigenvalues=2, trace_samples=2, m=(4,), directions=2)
 NAMES = {"loss", "full_grad_norm", "surrogate_gap", "gap_eigenvalue", "sam", "asam", "average"}
 NAMES |= {"average_error", "m4", "lambda_1", "lambda_2", "lambda_max", "trace", "trace_error", "seconds"}
