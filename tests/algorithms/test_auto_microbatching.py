@@ -193,7 +193,7 @@ def test_a_failure_in_the_rules_own_step_keeps_the_estimate(name):
     assert_same(*ends)
 
 
-def test_the_first_batch_which_the_trainer_averages_is_not_taken_for_all(monkeypatch):
+def test_the_averaged_first_batch_brings_no_warning(monkeypatch):
     # The other rank is a mock with the same gradient.
     mock = SimpleNamespace(
         get_world_size=lambda: 2, get_global_rank=lambda: 0, all_gather_object=lambda norm: [norm, norm]

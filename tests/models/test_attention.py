@@ -126,7 +126,7 @@ RHO, SEED = 0.1, 11
     ],
     ids=["vit", "encoder", "encoder_norm_first"],
 )
-def test_the_estimate_at_the_perturbed_weights_is_forward_over_reverse(make_model, make_data, microbatch):
+def test_the_estimate_at_w_plus_e_is_forward_over_reverse(make_model, make_data, microbatch):
     model, batches = make_model(dropout=0.0).double(), []
     w = copied(dict(model.named_parameters()))
 

@@ -27,7 +27,7 @@ def test_follows_the_equations(power):
         assert_close(params, w)
 
 
-def test_half_precision_rounds_once_and_small_steps_add_up_in_float32_state():
+def test_half_precision_rounds_once_from_float32_state():
     p = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
     optimizer = SASSHA([p], lr=0.5, betas=(0.9, 0.999), weight_decay=0.01)
     p.grad = torch.tensor([1e-3], dtype=torch.bfloat16)
@@ -38,7 +38,7 @@ def test_half_precision_rounds_once_and_small_steps_add_up_in_float32_state():
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
-def test_a_step_before_any_estimate_names_the_algorithm_of_the_whole_method():
+def test_a_step_before_any_estimate_names_the_algorithm():
     p = nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     with pytest.raises(RuntimeError, match=r"SASSHA: .* add composer_sassha.Sassha\(\) or LazyHessian\(\)"):

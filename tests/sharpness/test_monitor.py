@@ -330,7 +330,7 @@ def test_measures_that_are_not_allowed(settings):
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_measured_is_refused_when_the_training_starts():
+def test_what_cannot_be_measured_is_refused_at_the_start():
     done = trainer(sgd, callbacks=[monitor()])
     with pytest.raises(ValueError, match="no evaluation data"):
         done.fit()
