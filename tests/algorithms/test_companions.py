@@ -319,7 +319,7 @@ each_pair = pytest.mark.parametrize(
 def test_the_second_pass_is_not_seen_by_it(pair, companion):
     ends = []
     for method in pair:
-        run = companion.trainer(method, max_duration="3ba", device_train_microbatch_size=16)
+        run = companion.trainer(method, max_duration="4ba", device_train_microbatch_size=16)
         run.fit()
         ends.append(outcome(run))
         run.close()
