@@ -1,7 +1,8 @@
 """The papers' equations on plain tensors.
 
-Gradients come from torch.func, products with the Hessian from differentiating forward over reverse. Nothing
-here comes from the package but what is drawn at random, which both sides have to share.
+Gradients come from one backward over all microbatches, products with the Hessian from differentiating
+forward over reverse. Nothing here comes from the package but what is drawn at random, which both sides have
+to share.
 
 A perturbation is a function of the loss, the weights and the moment; it returns the vector to update with,
 the first pass (a loss and the point where it is evaluated) and the last. A rule is a function of the weights,
@@ -48,7 +49,9 @@ class Loss:
         return cross_entropy(functional_call(self.model, {**w, **buffers}, ((x, y),)), y, reduction=reduction)
 
     def gradient(self, w):
-        return self._mean(lambda k, x, y: grad(self.of)(w, x, y))
+        leaves = {n: w[n].detach().requires_grad_() for n in w}
+        loss = self._mean(lambda k, x, y: {"loss": self.of(leaves, x, y)})["loss"]
+        return dict(zip(w, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
     def hessian_diagonal(self, w, seed, step):
         """Hutchinson's estimate z * (H z), with a probe of its own for every microbatch."""

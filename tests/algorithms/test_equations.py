@@ -97,7 +97,6 @@ class Case:
     Args:
         refresh: interval and seed of the Hessian's diagonal.
         multiplier: of the learning rate, as a function of the step.
-        microbatch: of a batch of 10: one, or three of unequal size.
     """
 
     name: str
@@ -107,13 +106,17 @@ class Case:
     refresh: tuple[int, int] | None = None
     multiplier: Callable[[int], float] = lambda step: 1.0
     schedulers: Any = None
-    microbatch: int = 10
 
     def __str__(self) -> str:
-        return self.name if self.microbatch == 10 else f"{self.name}, microbatches"
+        return self.name
+
+    @property
+    def microbatch(self) -> int:
+        """The samples of a microbatch, of a batch of 10: one microbatch, or two of unequal size."""
+        return 6 if self.name in IN_MICROBATCHES else 10
 
 
-WHOLE = [
+CASES = [
     # The papers' methods
     Case("sgd", SGD, eq.nothing, list),
     Case("sam", SGD, partial(eq.sam, rho=0.3), lambda: [SAM(0.3)]),
@@ -271,16 +274,19 @@ WHOLE = [
     ),
 ]
 
-IN_MICROBATCHES = ("sam", "gsam, linear learning rate", "looksam", "esam", "msam", "sassha", "adahessian")
-UNPUBLISHED_IN_MICROBATCHES = ("sophia every 2, looksam", "sassha every 4, esam", "sam, partial")
-CASES = [
-    *WHOLE,
-    *(
-        Case(**{**vars(case), "microbatch": 4})
-        for case in WHOLE
-        if case.name in IN_MICROBATCHES + UNPUBLISHED_IN_MICROBATCHES
-    ),
-]
+# Of every way to get a gradient one case: the equations over one microbatch are those of the whole batch.
+IN_MICROBATCHES = (
+    "sam",
+    "gsam, linear learning rate",
+    "looksam",
+    "esam",
+    "msam",
+    "sassha",
+    "adahessian",
+    "sophia every 2, looksam",
+    "sassha every 4, esam",
+    "sam, partial",
+)
 
 
 def dataset() -> TensorDataset:

@@ -154,7 +154,7 @@ def test_a_quarter_of_the_batch_costs_a_quarter(
 
 @pytest.mark.usefixtures("float64")
 @each_estimator
-def test_beside_esam_the_estimate_weighs_every_selected_sample_alike(name):
+def test_beside_esam_every_selected_sample_weighs_the_same(name):
     model, parts = smooth(), []
 
     def look(event, state, passes):
@@ -370,8 +370,19 @@ def test_resumes_bit_for_bit(name, tmp_path):
     resumed.close()
 
 
-@each_estimator
-@pytest.mark.parametrize("fraction", [1.0, 0.3])
+# Whole batches are those of tests/models/test_compiled.py.
+@pytest.mark.parametrize(
+    ("name", "fraction"),
+    [
+        pytest.param(
+            name,
+            fraction,
+            marks=[] if fraction < 1 and name in ("hutchinson", "finite_difference") else pytest.mark.slow,
+        )
+        for name in ESTIMATORS
+        for fraction in (1.0, 0.3)
+    ],
+)
 def test_trains_a_model_that_the_trainer_compiles(name, fraction):
     torch._dynamo.reset()
     run = trainer(
@@ -529,7 +540,7 @@ def test_differences_in_lower_precision_are_refused_at_the_start(monkeypatch):
     run.close()
 
 
-def test_differences_of_a_network_with_kinks_warn_through_the_trainer():
+def test_differences_of_a_network_with_kinks_warn():
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(2, 2, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3))
     run = trainer(

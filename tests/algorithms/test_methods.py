@@ -1,13 +1,22 @@
-"""What every method owes its users, through the real Trainer: one table of methods, one set of tests."""
+"""What every method of the table owes its users through the real Trainer.
+
+Each method trains once, and several tests look at that run.
+"""
 
 import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from composer.core import Event
 from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingWithWarmupScheduler
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from composer_sassha import ASAM, ESAM, GSAM, MSAM, SAM, SASSHA, SSAM, USAM, LookSAM, Sassha
 from tests.helpers import (
@@ -25,27 +34,194 @@ from tests.helpers import (
     rng_states,
     trainer,
 )
-from tests.methods import METHODS, MORE, NAMED, Method
+from tests.methods import METHODS, MORE, NAMED, Method, each_method, rows
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+# The tests share the runs of one process.
+pytestmark = pytest.mark.xdist_group("methods")
+
+# A batch in mid-epoch that every method of the table perturbs and refreshes in.
+REFRESH = 12
+# The last epoch: it covers the border between two epochs, perturbed and unperturbed steps, and those before
+# and after a refresh.
+RESUMED = range(10, 14)
+
+
+def build(method: Method, **kwargs: Any) -> Any:
+    """Three epochs of five batches, each in two microbatches of unequal size, with dropout and BatchNorm."""
+    model = digits_network()
+    model.module.insert(3, nn.Dropout(0.2))
+    return method_trainer(
+        method,
+        model=model,
+        dataset=digits(),
+        batch_size=32,
+        device_train_microbatch_size=24,
+        max_duration="3ep",
+        schedulers=CosineAnnealingWithWarmupScheduler("2ba"),
+        eval_dataloader=DataLoader(digits(), batch_size=160),
+        **kwargs,
+    )
+
+
+@dataclass
+class Whole:
+    """An uninterrupted run: its end, its checkpoints, and observations on the way."""
+
+    folder: Path
+    end: Any = None
+    losses: list[float] = field(default_factory=list)
+    graphs: Counter[int] = field(default_factory=Counter)
+    """The number of second-order graphs, by batch."""
+    looked: dict[Event, bool] = field(default_factory=dict)
+    """Whether the weights at an event between two steps were always those after the first one."""
+
+    def checkpoint(self, batch: int) -> str:
+        return str(self.folder / f"ba{batch}.pt")
+
+
+def train_whole(method: Method, folder: Path) -> Whole:
+    whole, batch, left = Whole(folder), 0, None
+    grad, backward = torch.autograd.grad, torch.Tensor.backward
+
+    def counted(function):
+        def call(*args, create_graph=False, **kwargs):
+            whole.graphs[batch] += bool(create_graph)
+            return function(*args, create_graph=create_graph, **kwargs)
+
+        return call
+
+    def look(event, state, passes):
+        nonlocal batch, left
+        batch = int(state.timestamp.batch)
+        if event == Event.BATCH_END:
+            left = copied(state.model.state_dict())
+        elif left and event in (Event.BATCH_START, Event.EVAL_START, Event.BATCH_CHECKPOINT):
+            now = state.model.state_dict()
+            same = all(torch.equal(tensor, now[name]) for name, tensor in left.items())
+            whole.looked[event] = same and whole.looked.get(event, True)
+
+    log = InMemoryLogger()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", counted(grad))
+        patch.setattr(torch.Tensor, "backward", counted(backward))
+        run = build(
+            method,
+            loggers=[log],
+            callbacks=[Spy(look)],
+            save_folder=str(folder),
+            save_filename="ba{batch}.pt",
+            save_interval=lambda state, _: state.timestamp.batch in RESUMED,
+        )
+        run.fit()
+    whole.end = everything(run), copied(run.state.train_metric_values)
+    whole.losses = [value for _, value in log.data["loss/train/total"]]
+    run.close()
+    return whole
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Train each method once and return its run."""
+
+    @cache
+    def of(name):
+        return train_whole(NAMED[name], tmp_path_factory.mktemp(name))
+
+    return lambda method: of(method.name)
 
 
 @each_method
-def test_trains_the_digits(method):
-    log = InMemoryLogger()
-    run = method_trainer(
-        method,
-        model=digits_network(),
-        dataset=digits(),
-        batch_size=40,
-        max_duration="6ep",
-        loggers=[log],
-        device_train_microbatch_size=20,
-    )
+def test_trains_the_digits(method, whole):
+    losses = whole(method).losses
+    assert len(losses) == 15 and sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+@each_method
+def test_differentiates_twice_on_refresh_steps_only(method, whole):
+    graphs = whole(method).graphs
+    refreshing = [batch for batch in range(4) if graphs[batch]]
+    assert len(refreshing) == method.second_order
+    # One graph per microbatch, of the last pass alone.
+    assert all(graphs[batch] <= 2 for batch in refreshing)
+
+
+@each_method
+def test_evaluates_and_saves_at_w(method, whole):
+    expected = (Event.BATCH_START, Event.EVAL_START, Event.BATCH_CHECKPOINT)
+    assert whole(method).looked == dict.fromkeys(expected, True)
+
+
+def end_of(run):
     run.fit()
-    losses = [value for _, value in log.data["loss/train/total"]]
-    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    end = everything(run), copied(run.state.train_metric_values)
     run.close()
+    return end
+
+
+@each_method
+def test_resumes_bit_for_bit(method, whole):
+    for batch in RESUMED if method in MORE else [11]:
+        resumed = build(method, load_path=whole(method).checkpoint(batch))
+        assert_same(whole(method).end, end_of(resumed), f"resumed from batch {batch}")
+
+
+class Failures:
+    """Raises in each of the first tries of one step, at one (pass, place) after the other.
+
+    A place is an event, or inside forward or backward: of the second microbatch, where it has microbatches.
+    """
+
+    def __init__(self, places):
+        self.left, self.here, self.calls = list(places), False, Counter()
+        self.spy = Spy(self.on_event)
+
+    def install(self, run):
+        net, train_batch = run.state.model.module, run._train_batch
+        net[5].register_forward_hook(lambda *_: self.reach("forward"))
+        net[0].weight.register_hook(lambda _: self.reach("backward"))
+
+        def retried(use_grad_scaling):
+            before, metrics, batch = everything(run), run.state.train_metrics, run.state.batch
+            while True:
+                self.calls.clear()
+                try:
+                    return train_batch(use_grad_scaling)
+                except Injected:
+                    assert_same(before, everything(run), f"after an exception in {self.left.pop(0)}")
+                    assert run.state.train_metrics is metrics and run.state.batch is batch
+                    assert all(metric._update_count == 0 for metric in metrics.values())
+
+        run._train_batch = retried
+
+    def on_event(self, event, state, passes):
+        # `passes` counts from the start of the batch, not of the try.
+        if event == Event.BEFORE_TRAIN_BATCH:
+            self.calls["passes"] += 1
+        self.here = state.timestamp.batch == REFRESH
+        self.reach(event.value)
+
+    def reach(self, place):
+        key = (self.calls["passes"], place)
+        self.calls[key] += 1
+        once = place in ("before_train_batch", "after_train_batch")
+        if self.here and self.left and self.left[0] == key and self.calls[key] == (1 if once else 2):
+            raise Injected
+
+
+EVERYWHERE = [*(event.value for event in PASS_EVENTS), "forward", "backward"]
+WHERE_IT_HURTS = ["before_forward", "before_backward", "backward"]
+
+
+@each_method
+def test_survives_exceptions_in_a_step(method, whole):
+    places = [(method.passes, place) for place in WHERE_IT_HURTS]
+    if method.name in ("sam_sgd", "gsam_sgd", "sassha"):
+        places = [(number, place) for number in (1, 2) for place in EVERYWHERE]
+    failures = Failures(places)
+    run = build(method, load_path=whole(method).checkpoint(REFRESH - 1), callbacks=[failures.spy])
+    failures.install(run)
+    assert_same(whole(method).end, end_of(run))
+    assert not failures.left
 
 
 # In bfloat16 a curvature may round to zero, which the rule divides by eps alone: a large one is needed.
@@ -66,168 +242,11 @@ def test_trains_bfloat16_parameters_and_resumes_them(method, tmp_path):
         )
 
     log = InMemoryLogger()
-    run = build(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt", loggers=[log])
-    run.fit()
-    expected = everything(run)
-    run.close()
-    resumed = build(load_path=str(tmp_path / "ba5.pt"))
-    resumed.fit()
-    assert_same(expected, everything(resumed))
-    resumed.close()
+    run = build(save_folder=str(tmp_path), save_interval="5ba", save_filename="ba{batch}.pt", loggers=[log])
+    expected = end_of(run)
+    assert_same(expected, end_of(build(load_path=str(tmp_path / "ba5.pt"))))
     losses = [value for _, value in log.data["loss/train/total"]]
     assert sum(losses[-4:]) < sum(losses[:4])
-
-
-@each_method
-def test_resumes_bit_for_bit_from_any_batch(method, tmp_path):
-    def build(**kwargs):
-        return method_trainer(
-            method,
-            schedulers=CosineAnnealingWithWarmupScheduler("2ba"),
-            device_train_microbatch_size=7,
-            **kwargs,
-        )
-
-    run = build(save_folder=str(tmp_path), save_interval="1ba", save_filename="ba{batch}.pt")
-    run.fit()
-    expected = everything(run)
-    run.close()
-    # The steps after a refresh, before one, on a perturbed and an unperturbed step, in and between epochs.
-    for batch in range(1, 8) if method in MORE else (2, 3):
-        resumed = build(load_path=str(tmp_path / f"ba{batch}.pt"))
-        resumed.fit()
-        assert_same(expected, everything(resumed), f"resumed from batch {batch}")
-        resumed.close()
-
-
-class Failure:
-    """Raises once: in pass `number` of batch 3, at an event or inside forward or backward."""
-
-    def __init__(self, place, number, batch=3):
-        self.place, self.number, self.batch, self.armed, self.fired = place, number, batch, False, False
-        self.spy = Spy(self.on_event)
-
-    def on_event(self, event, state, passes):
-        self.armed = not self.fired and passes == self.number and state.timestamp.batch == self.batch
-        if isinstance(self.place, Event) and event == self.place:
-            self()
-
-    def __call__(self, *_):
-        if self.armed and not self.fired:
-            self.fired = True
-            raise Injected
-
-    def install(self, model):
-        if isinstance(self.place, Event):
-            return
-        if self.place == "forward":
-            model.module[4].register_forward_hook(self)
-        else:
-            model.module[0].weight.register_hook(self)
-
-
-def run_with_failure(method, failure):
-    """Train two epochs; a batch that fails is tried again by the Trainer's own step."""
-    model = network()
-    if failure is not None:
-        failure.install(model)
-    run = method_trainer(
-        method, model=model, device_train_microbatch_size=5, callbacks=[failure.spy] if failure else []
-    )
-    train_batch = run._train_batch
-
-    def retried(use_grad_scaling):
-        metrics = run.state.train_metrics
-        batch = run.state.batch
-        before = everything(run)
-        try:
-            return train_batch(use_grad_scaling)
-        except Injected:
-            assert_same(before, everything(run))
-            assert run.state.train_metrics is metrics and run.state.batch is batch
-            assert all(metric._update_count == 0 for metric in metrics.values())
-            return train_batch(use_grad_scaling)
-
-    run._train_batch = retried
-    run.fit()
-    result = everything(run), copied(run.state.train_metric_values)
-    run.close()
-    return result
-
-
-@pytest.fixture(scope="module")
-def undisturbed():
-    results = {}
-
-    def of(method):
-        if method.name not in results:
-            results[method.name] = run_with_failure(method, None)
-        return results[method.name]
-
-    return of
-
-
-# Everywhere for some methods, where it hurts for all: in the second pass of a step that refreshes.
-EVERYWHERE = [*PASS_EVENTS, "forward", "backward"]
-FAILURES = [
-    *[
-        (m, n, p)
-        for m in map(NAMED.get, ("sam_sgd", "gsam_sgd", "sassha"))
-        for n in (1, 2)
-        for p in EVERYWHERE
-    ],
-    *[(m, m.passes, p) for m in METHODS for p in (Event.BEFORE_FORWARD, Event.BEFORE_BACKWARD, "backward")],
-]
-
-
-@pytest.mark.parametrize(("method", "number", "place"), FAILURES, ids=str)
-def test_survives_an_exception_anywhere_in_a_step(method, number, place, undisturbed):
-    batch = 4 if "every_2" in method.name or "looksam" in method.name else 3  # one with as many passes
-    failure = Failure(place, number, batch)
-    result = run_with_failure(method, failure)
-    assert failure.fired
-    assert_same(undisturbed(method), result)
-
-
-@each_method
-def test_builds_a_second_order_graph_on_refresh_steps_only(method, monkeypatch):
-    calls = []
-    grad = torch.autograd.grad
-
-    def counted(*args, create_graph=False, **kwargs):
-        calls.append(create_graph)
-        return grad(*args, create_graph=create_graph, **kwargs)
-
-    monkeypatch.setattr(torch.autograd, "grad", counted)
-    backward = torch.Tensor.backward
-
-    def plain_backward(self, *args, create_graph=False, **kwargs):
-        assert not create_graph
-        return backward(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "backward", plain_backward)
-    run = method_trainer(method, max_duration="4ba")
-    run.fit()
-    assert calls.count(True) == method.second_order
-    run.close()
-
-
-@each_method
-def test_evaluates_and_saves_at_w(method):
-    # Whoever looks between steps sees the weights that the step left.
-    seen = []
-
-    def look(event, state, passes):
-        if event in (Event.BATCH_START, Event.BATCH_END, Event.EVAL_START, Event.BATCH_CHECKPOINT):
-            seen.append((event, copied(state.model.state_dict())))
-
-    run = method_trainer(method, max_duration="4ba", callbacks=[Spy(look)])
-    run.fit()
-    ends = [weights for event, weights in seen if event == Event.BATCH_END]
-    starts = [weights for event, weights in seen if event == Event.BATCH_START]
-    for end, start in zip(ends, starts[1:], strict=False):
-        assert_same(end, start)
-    run.close()
 
 
 def observed(algorithms, **kwargs):
@@ -244,6 +263,7 @@ def observed(algorithms, **kwargs):
         algorithms,
         loggers=[log],
         callbacks=[Spy(look)],
+        device_train_microbatch_size=4,
         **kwargs,
     )
     run.fit()
@@ -257,6 +277,12 @@ def observed(algorithms, **kwargs):
     }
     run.close()
     return state, last, logged
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What a user of SGD sees after some batches."""
+    return cache(lambda duration: observed([], max_duration=duration))
 
 
 AT_W = [
@@ -274,30 +300,27 @@ AT_W = [
 
 
 @pytest.mark.parametrize("algorithm", AT_W, ids=repr)
-def test_the_second_pass_leaves_no_trace(algorithm):
+def test_the_second_pass_leaves_no_trace(algorithm, plain):
     # A perturbation of radius 0 takes two passes and must come out as none at all: weights, momentum,
     # BatchNorm, RNG states, metrics, logged losses, and the loss and outputs that a callback finds in the
     # state.
-    plain = observed([], device_train_microbatch_size=4)
-    ours = observed([algorithm], device_train_microbatch_size=4)
+    ours = observed([algorithm], max_duration="6ba")
     (_, optimizer_state, _), _, _ = ours
     for state in optimizer_state.values():
         state.pop("looksam_g_v", None)
-    assert_same(plain, ours)
+    assert_same(plain("6ba"), ours)
 
 
 FAR = [SAM(5.0), ASAM(5.0), GSAM(5.0, 5.0, 0.5), SSAM(5.0), USAM(5.0), LookSAM(5.0), ESAM(5.0, 0.5, 0.5)]
 
 
 @pytest.mark.parametrize("algorithm", FAR, ids=repr)
-def test_after_a_perturbed_step_only_weights_and_momentum_tell(algorithm):
-    (plain, _, rng), *visible = observed([], max_duration="1ba", device_train_microbatch_size=4)
-    (sam, _, sam_rng), *sam_visible = observed(
-        [algorithm], max_duration="1ba", device_train_microbatch_size=4
-    )
-    assert not torch.equal(plain["module.0.weight"], sam["module.0.weight"])
+def test_a_perturbed_step_shows_in_weights_and_momentum_only(algorithm, plain):
+    (model, _, rng), *visible = plain("1ba")
+    (sam, _, sam_rng), *sam_visible = observed([algorithm], max_duration="1ba")
+    assert not torch.equal(model["module.0.weight"], sam["module.0.weight"])
     for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-        assert_same(plain[f"module.1.{buffer}"], sam[f"module.1.{buffer}"])
+        assert_same(model[f"module.1.{buffer}"], sam[f"module.1.{buffer}"])
     assert_same([rng, visible], [sam_rng, sam_visible])
 
 
@@ -306,8 +329,8 @@ def test_after_a_perturbed_step_only_weights_and_momentum_tell(algorithm):
 GATHERING = [m for m in METHODS if m.second_order and "esam" not in m.name and m.name != "sassha_on_part"]
 
 
-@pytest.mark.parametrize("method", GATHERING, ids=str)
-def test_the_memory_of_a_refresh_does_not_grow_with_the_number_of_microbatches(method):
+@pytest.mark.parametrize("method", rows(GATHERING))
+def test_the_memory_of_a_refresh_is_that_of_one_microbatch(method):
     def peak(batch_size, microbatch_size):
         """The largest number of elements saved for backward at one time."""
         live, most = 0, 0

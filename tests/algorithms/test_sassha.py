@@ -1,4 +1,4 @@
-"""SASSHA through the Trainer against a plain transcription of the paper's equations."""
+"""SASSHA through the Trainer: the diagonal of a loss that has an analytic one, and what it logs."""
 
 import pytest
 import torch
@@ -10,101 +10,14 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from composer_sassha import SASSHA, LazyHessian, MSassha, Sassha
-from composer_sassha.curvature import rademacher
-from tests.helpers import Spy, copied, images, network, trainer
+from tests.helpers import Spy, images, network, trainer
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-LR, BETAS, EPS, DECAY, RHO, EVERY, SEED = 0.05, (0.9, 0.99), 1e-4, 0.02, 0.15, 4, 11
 
-
-def recorded_batches(run_settings):
-    """The batches that a Trainer with these settings sees."""
-    seen = []
-
-    def look(event, state, passes):
-        if event == Event.BATCH_START:
-            seen.append(copied(state.batch))
-
-    run = trainer(lambda ps: torch.optim.SGD(ps, lr=0.0), callbacks=[Spy(look)], **run_settings)
-    run.fit()
-    run.close()
-    return seen
-
-
-def transcription(batches, microbatch):
-    """The equations of the paper, on explicit tensors; H z by differentiating forward over reverse."""
-    model = network(dropout=0.0).double()
-    names = [name for name, _ in model.named_parameters()]
-    w = {name: p.detach().clone() for name, p in model.named_parameters()}
-    m = {name: torch.zeros_like(p) for name, p in w.items()}
-    d = {name: torch.zeros_like(p) for name, p in w.items()}
-    (b1, b2), frozen = BETAS, None
-    for t, (x, y) in enumerate(batches, start=1):
-        chunks = list(zip(x.split(microbatch), y.split(microbatch), strict=True))
-
-        def loss_of_chunk(p, x, y):
-            buffers = {name: b.clone() for name, b in model.named_buffers()}
-            output = torch.func.functional_call(model, {**p, **buffers}, ((x, y),))
-            return nn.functional.cross_entropy(output, y)
-
-        def gradient(p, chunks=chunks, x=x):
-            parts = [torch.func.grad(loss_of_chunk)(p, cx, cy) for cx, cy in chunks]
-            return {
-                n: sum(len(cx) / len(x) * part[n] for (cx, _), part in zip(chunks, parts, strict=True))
-                for n in p
-            }
-
-        g = gradient(w)
-        norm = sum((g_i**2).sum() for g_i in g.values()).sqrt()
-        displaced = {n: w[n] + RHO * g[n] / norm for n in names}
-        g_hat = gradient(displaced)
-        if (t - 1) % EVERY == 0:
-            h = {n: torch.zeros_like(p) for n, p in w.items()}
-            for k, (cx, cy) in enumerate(chunks):
-                z = dict(zip(names, rademacher(list(w.values()), (SEED, t - 1, 0, k, 0)), strict=True))
-                grad_of = torch.func.grad(lambda p, cx=cx, cy=cy: loss_of_chunk(p, cx, cy))
-                _, hz = torch.func.jvp(grad_of, (displaced,), (z,))
-                h = {n: h[n] + len(cx) / len(x) * z[n] * hz[n] for n in names}
-            d = {n: b2 * d[n] + (1 - b2) * h[n].abs() for n in names}
-            frozen = 1 - b2**t
-        for n in names:
-            m[n] = b1 * m[n] + (1 - b1) * g_hat[n]
-            step = (m[n] / (1 - b1**t)) / ((d[n] / frozen).sqrt() + EPS)
-            w[n] = w[n] - LR * step - LR * DECAY * w[n]
-        yield w
-
-
-def dataset(count=40):
-    x, y = images(count).tensors
+def dataset():
+    x, y = images().tensors
     return TensorDataset(x.double(), y)
-
-
-@pytest.mark.parametrize("microbatch", [10, 4])
-def test_thirty_steps_agree_with_the_equations(microbatch):
-    settings = {"dataset": dataset(), "max_duration": "30ba", "device_train_microbatch_size": microbatch}
-    batches = recorded_batches({**settings, "model": network(dropout=0.0).double()})
-    assert len(batches) == 30
-    ours = []
-
-    def look(event, state, passes):
-        if event == Event.BATCH_END:
-            ours.append(copied(dict(state.model.named_parameters())))
-
-    model = network(dropout=0.0).double()
-    run = trainer(
-        lambda params: SASSHA(params, LR, BETAS, EPS, DECAY),
-        [Sassha(RHO, hessian_interval=EVERY, seed=SEED)],
-        model=model,
-        callbacks=[Spy(look)],
-        **settings,
-    )
-    run.fit()
-    run.close()
-    for step, expected in enumerate(transcription(batches, microbatch)):
-        for name, value in expected.items():
-            difference = (ours[step][name] - value).abs().max().item()
-            assert difference <= 1e-10, f"{name} differs by {difference} after {step + 1} steps"
 
 
 class Separable(ComposerModel):
@@ -213,22 +126,6 @@ def test_runs_after_algorithms_that_change_the_loss(interpolate_loss):
     run.close()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_trains_a_model_that_the_trainer_compiles(backend):
-    torch._dynamo.reset()
-    run = trainer(
-        lambda params: SASSHA(params, lr=0.05),
-        [Sassha(rho=0.1, hessian_interval=2)],
-        model=network().double(),
-        dataset=dataset(),
-        max_duration="4ba",
-        compile_config={"backend": backend},
-    )
-    run.fit()
-    assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
-    run.close()
-
-
 @pytest.mark.parametrize(
     "make",
     [lambda: Sassha(interval=3), lambda: MSassha(interval=3)],
@@ -255,10 +152,10 @@ def test_the_lean_preset_ascends_and_estimates_on_less():
             refreshes.append(state.optimizers[0].param_groups[0]["refreshes"])
 
     run = trainer(
-        lambda ps: SASSHA(ps, lr=LR),
+        lambda ps: SASSHA(ps, lr=0.05),
         [lean],
         model=network().double(),
-        dataset=TensorDataset(*[t.double() if t.is_floating_point() else t for t in images().tensors]),
+        dataset=dataset(),
         max_duration="40ba",
         callbacks=[Spy(look)],
     )

@@ -43,7 +43,7 @@ def test_one_probe_is_z_times_hz():
     torch.testing.assert_close(estimate(params, loss, [(4, 2)]), z * (hessian @ z), rtol=1e-12, atol=1e-14)
 
 
-def test_the_mean_of_many_estimates_is_the_diagonal_within_the_derived_bound():
+def test_the_mean_of_many_estimates_is_the_diagonal():
     params, loss = problem()
     hessian = full_hessian(params, loss)
     diagonal = hessian.diagonal()

@@ -63,9 +63,28 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("backend", [eager, aot_eager], ids=["eager", "aot_eager"])
-@pytest.mark.parametrize("method", METHODS)
-def test_only_refresh_steps_run_eagerly_and_nothing_is_compiled_again(method, backend):
+# By default one method of each number of forwards and each estimator; the wrapper leaves to aot_eager no more
+# than to eager, so two show it.
+BY_DEFAULT = {
+    eager: ("sassha", "looksam", "sophia", "difference", "fisher", "esam_sophia"),
+    aot_eager: ("sassha", "looksam"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [
+        pytest.param(
+            method,
+            backend,
+            id=f"{method}-{backend.__name__}",
+            marks=[] if method in by_default else pytest.mark.slow,
+        )
+        for backend, by_default in BY_DEFAULT.items()
+        for method in METHODS
+    ],
+)
+def test_only_refresh_steps_run_eagerly_and_compile_once(method, backend):
     optimizer, algorithms, forwards, refreshes = METHODS[method]
     counting, compilations, runs = Counting(backend), [], []
 
@@ -158,13 +177,16 @@ def has_a_compiler():
 @pytest.mark.parametrize(
     "backend",
     [
-        eager,
-        aot_eager,
+        pytest.param(eager, id="eager", marks=pytest.mark.slow),
+        pytest.param(aot_eager, id="aot_eager"),
         pytest.param(
-            "inductor", marks=pytest.mark.skipif(not has_a_compiler(), reason="inductor needs a C++ compiler")
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not has_a_compiler(), reason="inductor needs a C++ compiler"),
+            ],
         ),
     ],
-    ids=["eager", "aot_eager", "inductor"],
 )
 def test_both_passes_draw_the_same_masks_compiled_or_not(backend):
     torch.manual_seed(3)
@@ -176,7 +198,10 @@ def test_both_passes_draw_the_same_masks_compiled_or_not(backend):
     assert len({ascent for ascent, _ in losses}) == 5  # each step its own
 
 
-@pytest.mark.parametrize("backend", [eager, aot_eager], ids=["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(eager, id="eager", marks=pytest.mark.slow), pytest.param(aot_eager, id="aot_eager")],
+)
 def test_attention_is_compiled_too(backend):
     counting, compilations, runs = Counting(backend), [], []
 

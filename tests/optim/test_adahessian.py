@@ -26,15 +26,14 @@ def averaged(h, block_size):
     return h
 
 
-@pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("power", [0.0, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("block_size", [1, 2, 6])  # a block of 6 spans rows of 4
-def test_follows_the_equations(foreach, power, block_size):
+def test_follows_the_equations(power, block_size):
     params = parameters()
     w = [p.detach().clone() for p in params]
     m, v, r = [0.0] * len(w), [0.0] * len(w), [0] * len(w)
     lr, b1, b2, eps, decay = 0.1, 0.8, 0.95, 1e-3, 0.2
-    optimizer = AdaHessian(params, lr, (b1, b2), eps, decay, power, block_size, foreach=foreach)
+    optimizer = AdaHessian(params, lr, (b1, b2), eps, decay, power, block_size)
     for t, grads, estimates in feed(optimizer, params, range(1, 51)):
         for i, g in enumerate(grads):
             if i in estimates:

@@ -18,6 +18,7 @@ from tests.distributed.launch import run_checks
 from tests.helpers import assert_same, everything, images, method_trainer, network
 from tests.methods import NAMED
 
+QUICK = Measures(eigenvalues=1, trace_samples=2, m=(2,), directions=2)
 MEASURES = Measures(eigenvalues=3, tol=1e-9, trace_samples=3, m=(2, 4), directions=3)
 
 
@@ -73,7 +74,7 @@ def the_time_of_one_rank_is_that_of_both() -> None:
 def a_run_with_the_monitor_is_equal_to_one_without() -> None:
     ends, log = [], InMemoryLogger()
     data = images(20)
-    for callbacks in ([], [SharpnessMonitor("3ba", measures=Measures(m=(2,)))]):
+    for callbacks in ([], [SharpnessMonitor("3ba", measures=QUICK)]):
         done = method_trainer(
             NAMED["sassha"],
             dataset=images(80),
@@ -110,7 +111,7 @@ def samples_that_the_sampler_repeats_count_once() -> None:
         done = method_trainer(
             NAMED["sam_sgd"],
             eval_dataloader=DataLoader(data, batch_size=4, sampler=dist.get_sampler(data)),
-            callbacks=[SharpnessMonitor(measures=Measures(trace_samples=2, m=()))],
+            callbacks=[SharpnessMonitor(measures=QUICK)],
             loggers=log,
             max_duration="1ba",
         )
@@ -121,7 +122,7 @@ def samples_that_the_sampler_repeats_count_once() -> None:
         with undisturbed(model):
             whole = objective_of(model, [(data.tensors, count)])
             whole.shared = False
-            exact = measure(whole, Measures(trace_samples=2, m=()))
+            exact = measure(whole, QUICK)
         for name in ("loss", "full_grad_norm", "sam", "lambda_max", "trace"):
             assert log.data[f"sharpness/{name}"][-1][1] == pytest.approx(exact[name], rel=1e-3), name
         done.close()
