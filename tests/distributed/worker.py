@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from composer_sassha import GSAM, SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
-from composer_sassha.algorithms.checks import parts
+from composer_sassha.algorithms.base import methods_of
 from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
@@ -241,7 +241,7 @@ def sync_strategies(method: Method) -> None:
     def train(strategy: str, sync_ascent: bool) -> tuple[list[torch.Tensor], bool]:
         algorithms = method.algorithms()
         for algorithm in algorithms:
-            for part in parts([algorithm]):
+            for part in methods_of([algorithm]):
                 if hasattr(part, "sync_ascent"):
                     part.sync_ascent = sync_ascent
         run = trainer(
