@@ -27,7 +27,7 @@ def check(state: State) -> None:
         state: the Trainer's.
 
     Raises:
-        ValueError: says what does not fit, and what to do.
+        ValueError: a combination is not allowed; the message says what to do.
     """
     if len(state.optimizers) != 1:
         raise ValueError(
@@ -37,7 +37,7 @@ def check(state: State) -> None:
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if any(isinstance(algorithm, composer.algorithms.SAM) for algorithm in state.algorithms):
         raise ValueError(
-            "composer.algorithms.SAM cannot run beside composer_sassha's algorithms; remove one of the two"
+            "composer.algorithms.SAM cannot run together with composer_sassha's algorithms; remove either"
         )
 
     # A compound algorithm is shown as the user wrote it, not by its parts.
@@ -100,7 +100,7 @@ def _check_sharding(state: State) -> None:
 
 
 def _check_companions(state: State) -> None:
-    """Refuse Composer algorithms for which the second pass would see another function of the model."""
+    """Refuse Composer algorithms with which the two passes of a step would compute different functions."""
     perturbation = perturbation_of(state)
     perturbed_twice = perturbation is not None and perturbation.ascends
     evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _owners(state))
