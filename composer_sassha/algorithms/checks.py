@@ -87,7 +87,7 @@ def _check_sharding(state: State) -> None:
         return
     if state.precision == Precision.AMP_FP16:
         raise ValueError("precision='amp_fp16' does not work with FSDP here; use 'amp_bf16'")
-    for owner in _owners(state):
+    for owner in _sources(state):
         if owner.curvature is not None and owner.curvature.whole_only:
             raise ValueError(owner.curvature.whole_only)
     for group in state.optimizers[0].param_groups:
@@ -103,7 +103,7 @@ def _check_companions(state: State) -> None:
     """Refuse Composer algorithms with which the two passes of a step would compute different functions."""
     perturbation = perturbation_of(state)
     perturbed_twice = perturbation is not None and perturbation.ascends
-    evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _owners(state))
+    evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _sources(state))
     fraction = min((method.ascent_fraction for method in methods_of(state.algorithms)), default=1)
     for algorithm in state.algorithms:
         if fraction < 1 and isinstance(algorithm, _NEED_WHOLE_BATCHES):
@@ -129,11 +129,11 @@ def sort(state: State) -> None:
 
 def perturbation_of(state: State) -> Perturbation | None:
     """Return the perturbation that the Trainer's algorithms or its wrapped optimizer bring, or None."""
-    brought = (owner.perturbation for owner in _owners(state))
+    brought = (owner.perturbation for owner in _sources(state))
     return next((perturbation for perturbation in brought if perturbation is not None), None)
 
 
-def _owners(state: State) -> Sequence[MethodAlgorithm | SharpnessAwareOptimizer]:
+def _sources(state: State) -> Sequence[MethodAlgorithm | SharpnessAwareOptimizer]:
     """Return what may bring a perturbation or the curvature: our algorithms and the wrapped optimizer."""
     wrapped = [optimizer for optimizer in state.optimizers if isinstance(optimizer, SharpnessAwareOptimizer)]
     return [*methods_of(state.algorithms), *wrapped]

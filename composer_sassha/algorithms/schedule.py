@@ -94,7 +94,7 @@ class Schedule(Algorithm):
     def _find_base(self, state: State) -> list[float]:
         if sum(isinstance(a, Schedule) and a.name == self.name for a in state.algorithms) > 1:
             raise ValueError(f"Schedule: {self.name} is scheduled twice; keep one of them")
-        own = _numbers(checks.perturbation_of(state))
+        own = _schedulable(checks.perturbation_of(state))
         groups = [_group_numbers(group) for group in state.optimizers[0].param_groups]
         if self.name in own:
             return [own[self.name]]
@@ -113,7 +113,7 @@ class Schedule(Algorithm):
     def _set(
         self, perturbation: Perturbation | None, groups: list[dict[str, Any]], values: list[float]
     ) -> None:
-        if self.name in _numbers(perturbation):
+        if self.name in _schedulable(perturbation):
             setattr(perturbation, self.name, values[0])
         else:
             for group, value in zip(groups, values, strict=True):
@@ -203,7 +203,7 @@ def _check_range(
     perturbation: Perturbation | None,
     groups: list[dict[str, Any]],
 ) -> None:
-    if perturbation is not None and name in _numbers(perturbation):
+    if perturbation is not None and name in _schedulable(perturbation):
         perturbation.validate()
         return
     for group in groups:
@@ -213,7 +213,7 @@ def _check_range(
             validate.number(type(optimizer).__name__, name, group[name], low=0)
 
 
-def _numbers(perturbation: Perturbation | None) -> dict[str, float]:
+def _schedulable(perturbation: Perturbation | None) -> dict[str, float]:
     """Return the arguments of a perturbation that can be scheduled."""
     if perturbation is None or not hasattr(perturbation, "__dataclass_fields__"):
         return {}

@@ -36,6 +36,7 @@ class TrainerPasses(PassRunner):
             )
         if not hidden:
             return closure(ddp_sync=sync)
+        # The closure updates these and logs `loss_dict`, whichever pass it runs: give it others to write to.
         seen = state.train_metrics, state.loss, state.outputs
         state.train_metrics = {}
         try:
@@ -48,6 +49,7 @@ class TrainerPasses(PassRunner):
         self.model = self.state.model  # the Trainer has wrapped it for DDP since
         super().begin()
         self._batch = self.state.batch
+        # PyTorch counts the in-place writes to a tensor in `_version`; `run` compares before every pass.
         self._versions = [(p, p._version) for p in tree_leaves(self._batch) if isinstance(p, Tensor)]
 
     def rollback(self) -> None:
