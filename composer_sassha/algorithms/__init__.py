@@ -1,4 +1,4 @@
-"""The methods as Composer algorithms: one line in a script."""
+"""The methods as Composer algorithms, added to a Trainer in one line."""
 
 from composer_sassha.algorithms.asam import ASAM
 from composer_sassha.algorithms.checkpoints import ignore_own_entries

@@ -5,15 +5,15 @@ from composer_sassha.perturbations import ASAMPerturbation
 
 
 class ASAM(PerturbingAlgorithm):
-    """SAM in a neighbourhood that scales with the weights (Kwon et al. 2021, arXiv 2102.11600).
+    """Perturbs in a neighbourhood that scales with the weights (Kwon et al. 2021, arXiv 2102.11600).
 
     The displacement is `e = rho * T^2 g / ||T g||`, T = `|w| + eta` for parameters whose name contains
-    `weight`, 1 for the others. All else is as in `SAM`, what it logs included; `sharpness/grad_norm` is the
-    norm of T g.
+    `weight`, 1 for the others. All else is as in `SAM`. The metrics are the same, with the norm of T g as
+    `sharpness/grad_norm`.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.5.
-        eta: keeps small weights from standing still, >= 0. Default: 0.01.
+        eta: added to `|w|`, so that weights near zero are displaced too, >= 0. Default: 0.01.
         interval: steps between perturbed steps, >= 1. Default: 1.
         sync_ascent: average the gradient at w over the ranks. Default: False.
 

@@ -1,4 +1,4 @@
-"""The base class of this package's algorithms: what each one tells the others about itself."""
+"""The base class of this package's algorithms, with the attributes that the checks read."""
 
 from collections.abc import Iterable, Iterator
 from typing import ClassVar

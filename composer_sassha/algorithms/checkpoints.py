@@ -1,4 +1,4 @@
-"""Checkpoints that one method has written and another one continues."""
+"""Checkpoints of one method, continued with another one."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ OWN_STATE = (LookSAMPerturbation.remembers,)
 
 
 def ignore_own_entries(state_dict: dict[str, Any]) -> None:
-    """Leave out of a checkpoint what this package has added to an optimizer's state: for `load_ignore_keys`.
+    """Drop this package's entries from the optimizer state of a checkpoint; for `load_ignore_keys`.
 
-    With sharded training (FSDP), PyTorch loads a checkpoint only where it has the very entries of the
-    optimizer that it is loaded into. One of plain SGD then continues under SAM, or one of LookSAM under plain
-    SGD, with `Trainer(load_path=..., load_ignore_keys=ignore_own_entries)`; the counters of steps start at 0.
-    Without sharding, and to resume the same method, leave it out.
+    With sharded training (FSDP), PyTorch loads a checkpoint only if its state entries are exactly those of
+    the optimizer. With `Trainer(load_path=..., load_ignore_keys=ignore_own_entries)` a checkpoint of plain
+    SGD continues under SAM, or one of LookSAM under plain SGD. The step counters then start at 0. Do not use
+    it without sharding, or to resume the same method.
 
     Args:
-        state_dict: what the Trainer loads; changed in place.
+        state_dict: the state dict that the Trainer loads; changed in place.
 
     Example:
         >>> group = {"lr": 0.1, "params": ["weight"], "steps_taken": 7}
@@ -26,7 +26,7 @@ def ignore_own_entries(state_dict: dict[str, Any]) -> None:
         >>> group
         {'lr': 0.1, 'params': ['weight']}
     """
-    optimizers = (state_dict.get("state") or {}).get("optimizers")  # None where rank 0 alone has loaded them
+    optimizers = (state_dict.get("state") or {}).get("optimizers")  # None where only rank 0 has loaded them
     for optimizer in (optimizers or {}).values():
         for group in optimizer["param_groups"]:
             for name in COUNTERS:

@@ -27,7 +27,7 @@ def check(state: State) -> None:
         state: the Trainer's.
 
     Raises:
-        ValueError: says what does not fit, and what to do.
+        ValueError: a combination is not allowed; the message says what to do.
     """
     if len(state.optimizers) != 1:
         raise ValueError(
@@ -37,7 +37,7 @@ def check(state: State) -> None:
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if any(isinstance(algorithm, composer.algorithms.SAM) for algorithm in state.algorithms):
         raise ValueError(
-            "composer.algorithms.SAM cannot run beside composer_sassha's algorithms; remove one of the two"
+            "composer.algorithms.SAM cannot run together with composer_sassha's algorithms; remove either"
         )
 
     # A compound algorithm is shown as the user wrote it, not by its parts.
@@ -87,7 +87,7 @@ def _check_sharding(state: State) -> None:
         return
     if state.precision == Precision.AMP_FP16:
         raise ValueError("precision='amp_fp16' does not work with FSDP here; use 'amp_bf16'")
-    for owner in _owners(state):
+    for owner in _sources(state):
         if owner.curvature is not None and owner.curvature.whole_only:
             raise ValueError(owner.curvature.whole_only)
     for group in state.optimizers[0].param_groups:
@@ -100,10 +100,10 @@ def _check_sharding(state: State) -> None:
 
 
 def _check_companions(state: State) -> None:
-    """Refuse Composer algorithms for which the second pass would see another function of the model."""
+    """Refuse Composer algorithms with which the two passes of a step would compute different functions."""
     perturbation = perturbation_of(state)
     perturbed_twice = perturbation is not None and perturbation.ascends
-    evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _owners(state))
+    evaluated_twice = any(o.curvature is not None and o.curvature.evaluates_again for o in _sources(state))
     fraction = min((method.ascent_fraction for method in methods_of(state.algorithms)), default=1)
     for algorithm in state.algorithms:
         if fraction < 1 and isinstance(algorithm, _NEED_WHOLE_BATCHES):
@@ -129,11 +129,11 @@ def sort(state: State) -> None:
 
 def perturbation_of(state: State) -> Perturbation | None:
     """Return the perturbation that the Trainer's algorithms or its wrapped optimizer bring, or None."""
-    brought = (owner.perturbation for owner in _owners(state))
+    brought = (owner.perturbation for owner in _sources(state))
     return next((perturbation for perturbation in brought if perturbation is not None), None)
 
 
-def _owners(state: State) -> Sequence[MethodAlgorithm | SharpnessAwareOptimizer]:
+def _sources(state: State) -> Sequence[MethodAlgorithm | SharpnessAwareOptimizer]:
     """Return what may bring a perturbation or the curvature: our algorithms and the wrapped optimizer."""
     wrapped = [optimizer for optimizer in state.optimizers if isinstance(optimizer, SharpnessAwareOptimizer)]
     return [*methods_of(state.algorithms), *wrapped]

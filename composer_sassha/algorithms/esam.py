@@ -24,27 +24,27 @@ from composer_sassha.perturbations.esam import most_sensitive
 
 
 class ESAM(PerturbingAlgorithm):
-    """SAM on a share of the weights and a share of the samples (Du et al. 2022, arXiv 2110.03141).
+    """Perturbs a fraction of the weights, on a fraction of the samples (Du et al. 2022, arXiv 2110.03141).
 
-    Stochastic weight perturbation displaces a random share beta of the weights, rescaled by 1 / beta.
-    Sharpness-sensitive data selection then takes the gradient at w + e on the share gamma of the batch whose
-    loss has risen most; what has risen most is found by one forward over the batch at w + e, without a
-    gradient. Each rank selects from its own part of the batch, over all microbatches together.
+    Stochastic weight perturbation displaces a random fraction beta of the weights, rescaled by 1 / beta.
+    Sharpness-sensitive data selection then takes the gradient at w + e on the fraction gamma of the samples
+    whose loss has risen most. One forward over the batch at w + e, without a gradient, finds these samples.
+    Each rank selects from its own part of the batch, over all microbatches together.
 
     Per-sample losses come from the model's own `loss(outputs, batch, reduction="none")`, as for Composer's
-    SelectiveBackprop; Composer's classifiers have it. Selected samples keep all that the batch has of them.
-    Logs what `SAM` logs; `sharpness/loss_gap` is that of the whole batch.
+    SelectiveBackprop; Composer's classifiers have it. Every tensor of the batch is reduced to the selected
+    samples. The metrics are those of `SAM`; `sharpness/loss_gap` is over the whole batch.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.05.
-        beta: share of the weights that are displaced, in (0, 1]. Default: 0.6.
-        gamma: share of the samples in the second pass, in (0, 1], rounded up; 1 selects nothing and needs no
-            per-sample losses. Default: 0.5.
+        beta: fraction of the weights to displace, in (0, 1]. Default: 0.6.
+        gamma: fraction of the samples in the second pass, in (0, 1], rounded up; 1 takes all samples and
+            needs no per-sample losses. Default: 0.5.
         interval: steps between perturbed steps, >= 1. Default: 1.
-        seed: of the draws of weights, >= 0. Default: 0.
+        seed: determines the draws of weights, >= 0. Default: 0.
         sync_ascent: average the gradient at w over the ranks. Default: False.
-        input_key: where the inputs are in a batch, which has as many samples as they. Default: 0.
-        target_key: where the targets are. Default: 1.
+        input_key: key of the inputs in a batch; their first dimension is the number of samples. Default: 0.
+        target_key: key of the targets in a batch. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -55,8 +55,8 @@ class ESAM(PerturbingAlgorithm):
         ESAM(rho=0.05, beta=0.6, gamma=0.8, interval=1, seed=0, sync_ascent=False, input_key=0, target_key=1)
     """
 
-    # What it multiplies the loss with is a weight of the microbatch, in the Hessian too: the Hessian's
-    # stand-in for the loss has to be there already.
+    # After LazyHessian: ESAM's factor is a weight of the microbatch, so it must multiply the Hessian's
+    # stand-in for the loss, which weighs gradient and estimate alike.
     runs_late = 2
 
     def __init__(
@@ -76,7 +76,7 @@ class ESAM(PerturbingAlgorithm):
         self._forget()
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, for `repr`."""
+        """Return the arguments of the constructor, for `repr`."""
         own = {"gamma": self.gamma, "input_key": self.input_key, "target_key": self.target_key}
         return {**super().settings(), **own}
 
@@ -84,7 +84,7 @@ class ESAM(PerturbingAlgorithm):
         self._selection = _Selection()
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the Trainer's start, between the two passes and within the second, and to log."""
+        """Whether to run: at the Trainer's start, around and within the two passes, and to log."""
         if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_LOSS, Event.BEFORE_BACKWARD):
             return self.gamma < 1 and wiring.phase(state) is not None
         return super().match(event, state)
@@ -97,7 +97,7 @@ class ESAM(PerturbingAlgorithm):
                 self._forget()
             case Event.AFTER_LOSS, "ascent":
                 selection.before.append(self._losses(state, state.outputs))
-                # In containers of its own: some algorithms put labels back in place (LabelSmoothing).
+                # In new containers: some algorithms restore labels in place later (LabelSmoothing).
                 selection.batches.append(select(state.batch, slice(None), self._samples(state)))
             case Event.BEFORE_TRAIN_BATCH, "descent":
                 selection.choose(self._losses_again(state), self.gamma)
@@ -121,7 +121,7 @@ class ESAM(PerturbingAlgorithm):
                 super().apply(event, state, logger)
 
     def _refuse(self, state: State) -> None:
-        """Refuse what does not go with a selection of samples."""
+        """Refuse what cannot be combined with a selection of samples."""
         if self.gamma == 1:
             return
         for part in taken_apart(state.algorithms):
@@ -137,28 +137,32 @@ class ESAM(PerturbingAlgorithm):
                 )
             if isinstance(part, LazyHessian) and part.curvature.batch_fraction < 1:
                 raise ValueError(
-                    f"ESAM: batch_fraction={part.curvature.batch_fraction} of LazyHessian takes samples away "
-                    "that ESAM selects; set batch_fraction=1, or gamma=1"
+                    f"ESAM: batch_fraction={part.curvature.batch_fraction} of LazyHessian drops samples that "
+                    "ESAM selects; set batch_fraction=1, or gamma=1"
                 )
 
     def _losses_again(self, state: State) -> list[Tensor]:
-        """Every sample's loss at w + e, of the ascent's microbatches, without a trace of looking."""
+        """Return every sample's loss at w + e, in the ascent's microbatches.
+
+        Buffers and RNG states are restored: the extra forward must change neither BatchNorm's statistics nor
+        the random numbers of the descent.
+        """
         batch = state.batch
         unseen = Snapshot(unwrapped(state.model), {losses.device for losses in self._selection.before})
         try:
             try:
-                return self._look(state, graph=False)
+                return self._losses_of_microbatches(state, graph=False)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
-            # The model differentiates in its forward or its loss, for a penalty or an equation.
+            # The model itself differentiates in its forward or its loss, for a penalty or an equation.
             unseen.restore()
-            return self._look(state, graph=True)
+            return self._losses_of_microbatches(state, graph=True)
         finally:
             state.batch = batch
             unseen.restore()
 
-    def _look(self, state: State, graph: bool) -> list[Tensor]:
+    def _losses_of_microbatches(self, state: State, graph: bool) -> list[Tensor]:
         model, after = unwrapped(state.model), []
         for state.batch in self._selection.batches:
             with torch.set_grad_enabled(graph):
@@ -168,7 +172,7 @@ class ESAM(PerturbingAlgorithm):
         return after
 
     def _losses(self, state: State, outputs: Any) -> Tensor:
-        """The loss of every sample of `state.batch`."""
+        """Return the loss of every sample of `state.batch`."""
         model, losses = unwrapped(state.model), None
         try:
             with get_precision_context(state.precision, state.precision_config):
@@ -176,7 +180,7 @@ class ESAM(PerturbingAlgorithm):
         except TypeError as error:
             if "reduction" not in str(error) and "keyword" not in str(error):
                 raise  # the loss takes it, and has another problem
-        # The keys come last: they do not help a model that has no such losses.
+        # The keys are checked last: other keys would not help a model without per-sample losses.
         if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != self._samples(state):
             raise SettingError(
                 f"ESAM: {type(model).__name__}.loss(outputs, batch, reduction='none') returns no loss "
@@ -185,11 +189,11 @@ class ESAM(PerturbingAlgorithm):
         return losses.detach().reshape(len(losses), -1).mean(dim=1)
 
     def _samples(self, state: State) -> int:
-        """The number of samples of `state.batch`: of its inputs and its targets."""
+        """Return the number of samples of `state.batch`, which its inputs and targets must agree on."""
         counts = {}
         for name, key in (("input_key", self.input_key), ("target_key", self.target_key)):
             entry = None
-            with contextlib.suppress(Exception):  # whatever a batch of any type raises
+            with contextlib.suppress(Exception):  # a batch may be of any type, and raise anything
                 entry = state.batch_get_item(key)
             if not isinstance(entry, Tensor) or entry.ndim == 0:
                 raise SettingError(
@@ -200,19 +204,19 @@ class ESAM(PerturbingAlgorithm):
         if counts["input_key"] != counts["target_key"]:
             raise SettingError(
                 f"ESAM: input_key={self.input_key!r} leads to {counts['input_key']} samples and "
-                f"target_key={self.target_key!r} to {counts['target_key']}; give keys that lead to as many"
+                f"target_key={self.target_key!r} to {counts['target_key']}; give keys of equally many samples"
             )
         return counts["input_key"]
 
 
 class _Selection:
-    """The samples of one step's second pass."""
+    """The samples of one step's second pass, and the losses they are selected by."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []  # the microbatches of the ascent
         self.before: list[Tensor] = []  # their samples' losses at w
         self.parts: list[tuple[Tensor, float]] = []  # of each: which samples, and the factor of its loss
-        self.loss_gap: float | None = None  # there is none if the ascent has overflowed
+        self.loss_gap: float | None = None  # None if the ascent has overflowed
 
     def choose(self, after: list[Tensor], gamma: float) -> None:
         """Find the samples whose loss has risen most."""
@@ -222,9 +226,10 @@ class _Selection:
         start, total = 0, len(rise)
         for losses in self.before:
             here = [int(i) - start for i in indices if start <= i < start + len(losses)]
-            # The Trainer weighs this microbatch by its share of all samples; it is to be its share of the
-            # selected ones. One without any still takes part in the ranks' communication, at weight zero, and
-            # with two samples: BatchNorm cannot do with one.
+            # The Trainer weighs this microbatch by its fraction of all samples; the factor makes that its
+            # fraction of the selected ones. A microbatch without selected samples must still run, at weight
+            # zero, or the other ranks would wait in DDP's collectives. It runs with two samples, because
+            # BatchNorm cannot train on one.
             factor = (len(here) / len(indices)) / (len(losses) / total)
             some = here or list(range(min(2, len(losses))))
             self.parts.append((torch.tensor(some, device=losses.device), factor))

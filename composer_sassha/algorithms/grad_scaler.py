@@ -14,17 +14,16 @@ from composer_sassha.optim import SharpnessAwareOptimizer
 
 
 class ClosureGradScaler(torch.amp.GradScaler):
-    """A `torch.amp.GradScaler` for optimizers that call a closure once per pass, such as SAM.
+    """Scales gradients for optimizers that call a closure once per pass, such as SAM.
 
     Every pass is unscaled and checked. If the gradient overflowed on any rank, the closure returns None on
-    all of them, which makes `SharpnessAwareOptimizer` skip the step and leave everything as it was; the step
-    of an optimizer that takes one gradient, such as SGD, is not called at all. `update` then backs the scale
-    off, once per step. Otherwise it behaves, and is saved, as its base class: a checkpoint of the one
-    continues under the other, with its scale. (One that Composer's own SAM has left is under another name,
-    and starts with a fresh scale.)
+    all of them. `SharpnessAwareOptimizer` then skips the step and leaves everything as it was. The step of an
+    optimizer that takes one gradient, such as SGD, is not called at all. `update` then lowers the scale, once
+    per step. In all else it is its base class: a checkpoint of the one continues under the other, with its
+    scale. (A checkpoint of Composer's own SAM has another name for it, and starts with a fresh scale.)
 
-    In a Composer Trainer with precision='amp_fp16', the algorithms put it in place. In a loop of your own,
-    call `step(optimizer, closure=...)`, scale the loss within the closure, and `update()` after it.
+    In a Composer Trainer with precision='amp_fp16', the algorithms install it. In your own loop, call
+    `step(optimizer, closure=...)`, scale the loss within the closure, and call `update()` after the step.
 
     Args:
         device: 'cuda' or 'cpu'. Default: 'cuda'. All other arguments are those of `torch.amp.GradScaler`.
@@ -49,18 +48,18 @@ class ClosureGradScaler(torch.amp.GradScaler):
         """Step the optimizer with a closure whose gradients are unscaled and checked.
 
         Args:
-            optimizer: called as `optimizer.step(closure=...)` if it says that a closure may return None (by
-                `_step_supports_amp_closure`, as for Composer's Trainer). Any other one is called without, and
-                only if the gradient is finite.
-            *args: handed on to the optimizer's `step`.
+            optimizer: called as `optimizer.step(closure=...)` if its closure may return None, which its
+                attribute `_step_supports_amp_closure` says, as for Composer's Trainer. Any other optimizer is
+                called without a closure, and only if the gradient is finite.
+            *args: passed on to the optimizer's `step`.
             closure: computes the loss and the gradients of its scaled value, and returns the loss.
-            **kwargs: handed on to the optimizer's `step`.
+            **kwargs: passed on to the optimizer's `step`.
 
         Returns:
             The loss, or None if the step was skipped.
 
         Raises:
-            TypeError: the optimizer cannot do without a closure, nor skip a step.
+            TypeError: the optimizer needs a closure and cannot skip a step.
         """
         step: Callable[..., Any] = optimizer.step
         if not self._enabled:
@@ -69,7 +68,7 @@ class ClosureGradScaler(torch.amp.GradScaler):
         wrapped = id(getattr(optimizer, "base_optimizer", optimizer))
 
         def checked(**settings: Any) -> Any:
-            # One state, whichever of the two a closure that clips its gradients passes to `unscale_`.
+            # One state for wrapper and base optimizer: a closure that clips may pass either to `unscale_`.
             state = self._per_optimizer_states[wrapped] = self._per_optimizer_states[id(optimizer)]
             state["stage"], state["found_inf_per_device"] = OptState.READY, {}
             try:
@@ -77,12 +76,12 @@ class ClosureGradScaler(torch.amp.GradScaler):
             finally:
                 if wrapped != id(optimizer):
                     del self._per_optimizer_states[wrapped]
-            if state["stage"] is OptState.READY:  # the Trainer has unscaled already, for what clips gradients
+            if state["stage"] is OptState.READY:  # else the Trainer has unscaled, to clip
                 self.unscale_(optimizer)
             return None if self._overflowed(state, skipped=loss is None) else loss
 
         if isinstance(optimizer, SharpnessAwareOptimizer):
-            kwargs["scaler"] = self  # its Hessian is to be free of the scale
+            kwargs["scaler"] = self  # the Hessian must not have the gradient's scale
         if getattr(optimizer, "_step_supports_amp_closure", False):
             return step(*args, closure=checked, **kwargs)
         needed = inspect.signature(step).parameters.get("closure")
@@ -98,9 +97,12 @@ class ClosureGradScaler(torch.amp.GradScaler):
         return loss
 
     def _overflowed(self, state: dict[str, Any], skipped: bool) -> bool:
-        """Whether the gradient has overflowed, or the closure said so, on any rank; all of them back off."""
+        """Whether the gradient overflowed, or the closure returned None, on any rank; all ranks back off.
+
+        One collective, which every rank must reach: a rank that skipped alone would drift apart.
+        """
         found: list[Tensor] = list(state["found_inf_per_device"].values())
-        if not found:  # no gradient on this rank, but perhaps on others
+        if not found:  # no gradient on this rank, though others may have one
             found = [torch.zeros((), device=self._device)]
             state["found_inf_per_device"] = {found[0].device: found[0]}
         here = torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum() > 0

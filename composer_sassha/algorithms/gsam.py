@@ -5,20 +5,20 @@ from composer_sassha.perturbations import GSAMPerturbation
 
 
 class GSAM(PerturbingAlgorithm):
-    """SAM that also lowers the surrogate gap `L(w + e) - L(w)` (Zhuang et al. 2022, arXiv 2203.08065).
+    """Perturbs as SAM does, and lowers the surrogate gap `L(w + e) - L(w)` (Zhuang et al. 2022).
 
-    The update is the gradient at w + e minus alpha times the part of the gradient at w that is orthogonal to
-    it. The radius falls with the learning rate, from rho_max to rho_min. Each rank combines its own two
-    gradients, and the result is averaged in one collective.
+    GSAM, arXiv 2203.08065. The update is the gradient at w + e minus alpha times the part of the gradient at
+    w that is orthogonal to it. The radius falls with the learning rate, from rho_max to rho_min. Each rank
+    combines its own two gradients, and the result is averaged in one collective.
 
-    Logs what `SAM` logs, and `sharpness/dominant_eigenvalue`, the estimate `2 h / rho^2` of the Hessian's
-    largest eigenvalue from the surrogate gap h (`sharpness/loss_gap`).
+    Logs the metrics of `SAM`, and `sharpness/dominant_eigenvalue`, the estimate `2 h / rho^2` of the
+    Hessian's largest eigenvalue from the surrogate gap h (`sharpness/loss_gap`).
 
     Args:
         rho_max: radius at the largest learning rate, >= 0. Default: 0.04.
         rho_min: radius at the smallest, in [0, rho_max]. Default: 0.02.
         alpha: weight of the orthogonal part, >= 0. Default: 0.01.
-        lr_min: where the learning rate's schedule ends, >= 0 and below its start. Default: 0.
+        lr_min: the learning rate at the end of its schedule, >= 0 and below that at the start. Default: 0.
         interval: steps between perturbed steps, >= 1. Default: 1.
         sync_ascent: average both gradients over the ranks before they are combined. Default: False.
 

@@ -1,4 +1,4 @@
-"""The lazy Hessian refresh through the Trainer's events."""
+"""The lazy Hessian refresh as a Composer algorithm."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,12 @@ from composer_sassha.common.losses import total_loss
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.curvature import Evaluation, LazyCurvature
 
-# Sets: the events are compared by slow code of their own otherwise, on every event of every step.
+# Sets, because comparing Composer's events one by one is slow, and `match` runs on every event of every step.
 _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
 _ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD))
 _EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
 
-# Under the prefix "hessian".
+# The metrics to log, under the prefix "hessian".
 LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
 
 
@@ -30,19 +30,18 @@ class LazyHessian(MethodAlgorithm):
     """Estimates the Hessian's diagonal every `interval` steps, for the optimizer (SASSHA, arXiv 2502.18153).
 
     The estimate is taken on the pass whose gradient updates the weights: at w + e on a perturbed step.
-    Between BEFORE_BACKWARD and the backward itself, the gradient and the estimate are computed and the loss
-    is replaced by a stand-in whose backward delivers that gradient, so that no other pass builds a
-    second-order graph. Microbatches count with the Trainer's own weights, ranks are averaged in one
-    collective.
+    On BEFORE_BACKWARD the gradient and the estimate are computed, and the loss is replaced by a stand-in
+    whose backward delivers that gradient. No other pass builds a second-order graph. Microbatches count with
+    the Trainer's own weights, and ranks are averaged in one collective.
 
     `estimator` is one of
 
     - 'hutchinson': `z * (H z)`, z Rademacher (Bekas et al. 2007). The Hessian, for every loss and network
       that can be differentiated twice.
-    - 'gauss_newton': squared gradients at labels that the model draws (Sophia, Liu et al. 2024). The Hessian
+    - 'gauss_newton': squared gradients at labels drawn from the model (Sophia, Liu et al. 2024). The Hessian
       without its part that can be negative, for a mean cross-entropy over the softmax of logits: outputs [N,
       classes, ...] with labels in batch[1], or a Hugging Face model's outputs['logits'] and batch['labels'].
-    - 'empirical_fisher': squared gradients at the true labels. Free, and not the Hessian (Kunstner et al.
+    - 'empirical_fisher': squared gradients at the true labels. Free, but not the Hessian (Kunstner et al.
       2019).
     - 'finite_difference': `z * (g(w + h z) - g(w)) / h`. The Hessian of a smooth network (GELU, SiLU, tanh),
       in precision fp32.
@@ -50,16 +49,16 @@ class LazyHessian(MethodAlgorithm):
     With a `batch_fraction` below 1, the estimate is taken on the first samples of each rank's batch. A
     microbatch that is partly among them is evaluated again on those samples.
 
-    Logs, on refresh steps, `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes`; where
-    the estimate was not finite `hessian/failed_refreshes`, and on steps that were skipped
-    `hessian/skipped_steps`, both counted from the start of the process.
+    Logs `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes` on refresh steps,
+    `hessian/failed_refreshes` if the estimate was not finite, and `hessian/skipped_steps` on skipped steps;
+    the last two count from the start of the process.
 
     Args:
         interval: steps between refreshes, >= 1. Default: 10.
         estimator: its name, see above. Default: 'hutchinson'.
         samples: probes, or draws of labels, per microbatch, >= 1; 1 with 'empirical_fisher'. Default: 1.
-        seed: of the draws, >= 0. Default: 0.
-        batch_fraction: the share of the batch to estimate on, in (0, 1]. Default: 1.
+        seed: determines the draws, >= 0. Default: 0.
+        batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -70,8 +69,8 @@ class LazyHessian(MethodAlgorithm):
         LazyHessian(interval=5, estimator='hutchinson', samples=1, seed=0, batch_fraction=1.0)
     """
 
-    # Others change the loss on BEFORE_BACKWARD (MixUp, CutMix); the Hessian is that of the loss that they
-    # leave.
+    # After the algorithms that change the loss on BEFORE_BACKWARD (MixUp, CutMix): the Hessian must be that
+    # of the changed loss.
     runs_late = 1
 
     def __init__(
@@ -90,7 +89,7 @@ class LazyHessian(MethodAlgorithm):
         return repr(self.curvature).replace("LazyCurvature", "LazyHessian")
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the Trainer's start, on passes that estimate, and at the end of each batch to log."""
+        """Whether to run: at the Trainer's start, on passes that estimate, and at the end of each batch."""
         if event in _EVENTS:
             return True
         if not self.curvature.active:
@@ -115,7 +114,7 @@ class LazyHessian(MethodAlgorithm):
             self._replay = _Replay(state)
         elif event == Event.AFTER_LOSS:
             assert self._replay is not None
-            self._replay.remember_loss()
+            self._replay.record_loss()
         elif event == Event.BEFORE_BACKWARD:
             self._estimate(state)
         else:
@@ -159,36 +158,37 @@ class LazyHessian(MethodAlgorithm):
 
 
 class _Replay:
-    """Evaluates a microbatch a second time, on the same random numbers and buffers; nobody sees it.
+    """Evaluates a microbatch a second time, with the same random numbers and buffers, and leaves no trace.
 
-    Made before the microbatch's forward.
+    Must be made before the microbatch's forward, whose RNG states and buffers it copies.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.before = self._snapshot()
 
-    def remember_loss(self) -> None:
-        """After the loss, take down what it was computed from."""
-        # Copies of the containers: some algorithms put the labels back in place (LabelSmoothing).
+    def record_loss(self) -> None:
+        """Record the batch and the loss; called after the model's loss."""
+        # In new containers: some algorithms restore labels in place later (LabelSmoothing).
         self.batch = select(self.state.batch, slice(None), size_of(self.state.batch))
         self.loss = self._loss_parts()
 
     @contextlib.contextmanager
     def __call__(self, count: int) -> Iterator[Evaluation]:
-        """The loss of the first `count` samples, to be differentiated within the context."""
+        """Yield an evaluation of the first `count` samples; differentiate it within the context."""
         if not self._loss_is_the_models():
             raise RuntimeError(
-                "LazyHessian: another algorithm changed the loss that the model computed (MixUp does with "
-                "interpolate_loss=True): estimator='finite_difference' and batch_fraction < 1 cannot compute "
-                "it again; turn one of the two off"
+                "LazyHessian: another algorithm changed the loss of the model (MixUp does with "
+                "interpolate_loss=True), which estimator='finite_difference' and batch_fraction < 1 cannot "
+                "compute again; turn one of the two off"
             )
         state, model = self.state, unwrapped(self.state.model)
         batch = select(self.batch, slice(count), size_of(self.batch))
         after = self._snapshot()
         with contextlib.ExitStack() as unnoticed:
             for buffer in state.model.buffers():
-                # The first evaluation's graph may hold it, and will find the same values in it.
+                # Restoring writes to buffers in place. The first evaluation's graph may have saved them, and
+                # its backward would refuse the new version, although it finds the old values.
                 if not buffer.is_inference():
                     unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
             self.before.restore()
@@ -198,7 +198,7 @@ class _Replay:
                     loss = model.loss(outputs, batch)
                 yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
             finally:
-                # Not before this loss has been differentiated: its graph holds buffers too.
+                # Only after this loss has been differentiated: its graph has saved buffers too.
                 after.restore()
 
     def _snapshot(self) -> Snapshot:
@@ -219,7 +219,7 @@ class _Replay:
 
 
 def _predictions(model: Any, outputs: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Find logits [N, classes, ...] and labels [N, ...] (or probabilities), as classifiers have them."""
+    """Return logits [N, classes, ...] and labels [N, ...] or probabilities; (None, None) if not found."""
     if isinstance(outputs, Mapping) and isinstance(batch, Mapping):  # Hugging Face: classes last
         logits, labels = outputs.get("logits"), batch.get("labels")
         if isinstance(logits, Tensor) and _are_classes(labels) and labels.shape == logits.shape[:-1]:
@@ -242,19 +242,22 @@ def _are_classes(labels: Any) -> TypeGuard[Tensor]:
 def _are_probabilities(labels: Any) -> TypeGuard[Tensor]:
     if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 2:
         return False
-    sums = labels.sum(dim=1)  # the targets of a regression do not add up
+    sums = labels.sum(dim=1)  # those of a regression's targets are not 1
     return torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 def _with_total(loss: Any, attach: Any) -> Any:
-    """Put the stand-in of the total loss where the Trainer will find it, its parts detached beside it."""
+    """Return the loss with the stand-in as its total; all other parts are detached.
+
+    The Trainer must find the same structure, and log the same values.
+    """
     total = attach(total_loss(loss))
     if isinstance(loss, Tensor):
         return total
     if isinstance(loss, Mapping) and "total" in loss:
         return {**{name: part.detach() for name, part in loss.items()}, "total": total}
-    # The Trainer adds up the means, and logs each: keep their values, and give the total's gradient to the
-    # first.
+    # The Trainer adds up the means of the parts and logs each one. Keep their values, and attach the total's
+    # gradient to the first part by a term that is zero.
     parts = loss.values() if isinstance(loss, Mapping) else loss
     values = [part.detach().mean() for part in parts]
     values[0] = values[0] + (total - total.detach())

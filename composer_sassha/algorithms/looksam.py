@@ -5,15 +5,15 @@ from composer_sassha.perturbations import LookSAMPerturbation
 
 
 class LookSAM(PerturbingAlgorithm):
-    """SAM every `interval` steps, its direction used again in between (Liu et al. 2022, arXiv 2203.02714).
+    """Perturbs every `interval` steps and reuses the direction in between (Liu et al. 2022, 2203.02714).
 
     On a perturbed step, the part g_v of the gradient at w + e that is orthogonal to the gradient at w is kept
     in the optimizer's state (`looksam_g_v`, averaged over the ranks, saved with checkpoints). On the others
-    the update is `g + alpha * ||g|| * g_v / ||g_v||`, at the cost of a plain step. Logs what `SAM` logs.
+    the update is `g + alpha * ||g|| * g_v / ||g_v||`, at the cost of a plain step. Logs the metrics of `SAM`.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.1.
-        alpha: how much of the kept direction is used, >= 0. Default: 0.7.
+        alpha: weight of the kept direction, >= 0. Default: 0.7.
         interval: steps between perturbed steps (the paper's k), >= 1. Default: 5.
         sync_ascent: average both gradients over the ranks before they are combined. Default: False.
 

@@ -7,11 +7,11 @@ from composer_sassha.perturbations import MSAMPerturbation
 class MSAM(PerturbingAlgorithm):
     """Takes the gradient at `w - rho * m / ||m||`, m the optimizer's momentum (Becker et al. 2024).
 
-    Momentum-SAM, arXiv 2401.12033. There is one pass, so a step costs what it costs without. Around AdamW
-    this is AdamW-MSAM, around SASSHA, with `LazyHessian`, M-SASSHA (`MSassha` is both in one). The weights
-    are displaced inside the step only: evaluation, checkpoints and exports see w. The training loss, metrics
-    and BatchNorm statistics are those at the displaced weights, since there is no other pass. The first step,
-    which has no momentum yet, is a plain one.
+    Momentum-SAM, arXiv 2401.12033. A step has one pass and costs as much as a plain one. Around AdamW this is
+    AdamW-MSAM; around SASSHA, with `LazyHessian`, it is M-SASSHA (`MSassha` is both in one). The weights are
+    displaced only inside the step: evaluation, checkpoints and exports see w. The training loss, metrics and
+    BatchNorm statistics are those at the displaced weights, since there is no other pass. The first step has
+    no momentum yet and is a plain one.
 
     Logs `sharpness/rho` and `sharpness/momentum_norm`.
 

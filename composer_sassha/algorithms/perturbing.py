@@ -1,4 +1,4 @@
-"""What the algorithms of all perturbations have in common."""
+"""The base class of all algorithms that perturb."""
 
 import copy
 import functools
@@ -19,19 +19,19 @@ from composer_sassha.common.batches import select, size_of
 from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import Perturbation
 
-# A set: the events are compared by slow code of their own otherwise, on every event of every step.
+# A set, because comparing Composer's events one by one is slow, and `match` runs on every event of a step.
 _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
 LOGGED = ("rho", "grad_norm", "momentum_norm", "loss_gap", "dominant_eigenvalue", "skipped_steps")
 
 
 class PerturbingAlgorithm(MethodAlgorithm):
-    """Gives the Trainer's optimizer a perturbation, at BEFORE_LOAD, and logs what it has to say.
+    """Gives the Trainer's optimizer a perturbation, at BEFORE_LOAD, and logs its metrics.
 
     Args:
         perturbation: one of `composer_sassha.perturbations`.
         interval: steps between perturbed steps, >= 1.
-        sync_ascent: average the gradient at w over the ranks; None for a method that takes none.
-        ascent_fraction: the share of each microbatch that gives the gradient at w, in (0, 1].
+        sync_ascent: average the gradient at w over the ranks; None for a method without an ascent.
+        ascent_fraction: the fraction of each microbatch that gives the gradient at w, in (0, 1].
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
         self._first_batch = True  # of a call of fit()
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, for `repr`."""
+        """Return the arguments of the constructor, for `repr`."""
         shown = [f.name for f in fields(self.perturbation) if f.repr]  # type: ignore[arg-type]  # a dataclass
         own = {name: getattr(self.perturbation, name) for name in shown}
         sync = {} if self.sync_ascent is None else {"sync_ascent": self.sync_ascent}
@@ -62,7 +62,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
         return as_call(self, self.settings())
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the Trainer's start, before the forward of a partial ascent, and at the end to log."""
+        """Whether to run: at the Trainer's start, before the forward of a partial ascent, and to log."""
         if self.ascent_fraction < 1 and event == Event.BEFORE_FORWARD:
             return wiring.phase(state) == "ascent"
         return event in _EVENTS
@@ -72,7 +72,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
         if event == Event.INIT:
             checks.check(state)
         elif event == Event.BEFORE_LOAD:
-            # A copy: a schedule may change it, and this one may serve another Trainer.
+            # A copy: a schedule may change it, while this algorithm may serve another Trainer too.
             wiring.wrapped_optimizer(state).set_perturbation(
                 copy.copy(self.perturbation),
                 self.interval,
@@ -84,13 +84,13 @@ class PerturbingAlgorithm(MethodAlgorithm):
             wiring.scale_gradients(state)  # fit() may have been given another precision
             self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
         elif event == Event.BATCH_END:
-            self._say_if_synchronized(state)
+            self._warn_if_synchronized(state)
             wiring.log(state, logger, "sharpness", LOGGED)
         elif event == Event.BEFORE_FORWARD:
             self._take_part(state)
 
     def _take_part(self, state: State) -> None:
-        """Leave the first samples of the microbatch in `state.batch`; the Trainer's own stays as it is."""
+        """Replace `state.batch` by the first samples of the microbatch, without writing into it."""
         size = size_of(state.batch)
         if size is None:
             raise SettingError(
@@ -98,14 +98,14 @@ class PerturbingAlgorithm(MethodAlgorithm):
                 f"that is a {type(state.batch).__name__}: it must be tensors, in tuples, lists or mappings; "
                 "set ascent_fraction=1"
             )
-        # Of one sample alone BatchNorm may have no statistics.
+        # At least two: BatchNorm cannot normalize one sample by its own statistics.
         state.batch = select(state.batch, slice(max(2, math.ceil(self.ascent_fraction * size))), size)
 
-    def _say_if_synchronized(self, state: State) -> None:
-        """Say, once, that the Trainer averages the gradient at w although nobody has asked for it."""
+    def _warn_if_synchronized(self, state: State) -> None:
+        """Warn once if the ascent gradient is averaged although `sync_ascent` is off."""
         norm, first = state.optimizers[0].metrics.get("grad_norm"), self._first_batch
         self._first_batch = False
-        # Only what all ranks know alike may decide on whether to ask them.
+        # Only values that agree on all ranks may decide whether to enter the collective below.
         if (
             self.sync_ascent is not False
             or self._looked_for_sync
@@ -114,7 +114,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
         ):
             return
         if state.auto_microbatching and first:
-            return  # the Trainer synchronizes all of it
+            return  # the Trainer synchronizes all passes of the first batch
         norms = dist.all_gather_object(norm)
         if not all(0 < norm < math.inf for norm in norms):
             return
@@ -129,13 +129,13 @@ class PerturbingAlgorithm(MethodAlgorithm):
 
 
 def as_call(algorithm: Algorithm, settings: dict[str, Any]) -> str:
-    """Write an algorithm as the call that makes it."""
+    """Return the call that makes an algorithm, as text."""
     order = _parameters(type(algorithm))
     arguments = [f"{name}={_literal(settings[name])}" for name in order if name in settings]
     return f"{type(algorithm).__name__}({', '.join(arguments)})"
 
 
-@functools.cache  # the Trainer writes an algorithm down whenever it runs, which is on every step
+@functools.cache  # the Trainer takes the repr of an algorithm whenever it runs, on every step
 def _parameters(algorithm: type) -> tuple[str, ...]:
     return tuple(inspect.signature(algorithm).parameters)
 

@@ -1,4 +1,4 @@
-"""SASSHA and M-SASSHA as one algorithm each: a perturbation and the lazy Hessian refresh."""
+"""SASSHA and M-SASSHA as Composer algorithms: a perturbation with the lazy Hessian refresh."""
 
 import warnings
 from typing import Any
@@ -20,12 +20,12 @@ class _Both(MethodAlgorithm):
         if hessian_interval % interval:
             warnings.warn(
                 f"{type(self).__name__}: hessian_interval={hessian_interval} is no multiple of interval="
-                f"{interval}: some refreshes are at unperturbed weights",
+                f"{interval}; some refreshes are at unperturbed weights",
                 stacklevel=3,
             )
 
     def settings(self) -> dict[str, Any]:
-        """The arguments of the constructor, for `repr`."""
+        """Return the arguments of the constructor, for `repr`."""
         perturbing, lazy_hessian = self.parts
         own, curvature = perturbing.settings(), lazy_hessian.curvature
         return {
@@ -43,11 +43,11 @@ class _Both(MethodAlgorithm):
         return as_call(self, self.settings())
 
     def match(self, event: Event, state: State) -> bool:
-        """Run whenever one of the parts does."""
+        """Whether any of the parts runs."""
         return any(part.match(event, state) for part in self.parts)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Run the parts."""
+        """Run the parts that match."""
         for part in self.parts:
             if part.match(event, state):
                 part.apply(event, state, logger)
@@ -56,19 +56,19 @@ class _Both(MethodAlgorithm):
 class Sassha(_Both):
     """Perturbs as SAM does, and refreshes the Hessian there (SASSHA, Shin et al. 2025, arXiv 2502.18153).
 
-    Goes with the optimizer `composer_sassha.SASSHA`, or another one that takes curvature. It is `SAM(rho,
-    interval)` and `LazyHessian(hessian_interval)` in one, and logs what they log.
+    Needs the optimizer `composer_sassha.SASSHA`, or another one that takes curvature. It is `SAM(rho,
+    interval)` and `LazyHessian(hessian_interval)` in one, and logs the metrics of both.
 
     Args:
         rho: radius of the perturbation, >= 0. Default: 0.2.
         interval: steps between perturbed steps, >= 1. Default: 1.
         hessian_interval: steps between Hessian refreshes, >= 1. Default: 10.
         samples: probes per microbatch, >= 1. Default: 1.
-        seed: of the probes, >= 0. Default: 0.
+        seed: determines the probes, >= 0. Default: 0.
         sync_ascent: average the ascent gradient over the ranks. Default: False.
         estimator: of the Hessian, see `LazyHessian`. Default: 'hutchinson'.
-        batch_fraction: the share of the batch to estimate on, in (0, 1]. Default: 1.
-        ascent_fraction: the share of each microbatch that gives the gradient at w, see `SAM`. Default: 1.
+        batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
+        ascent_fraction: the fraction of each microbatch that gives the gradient at w, see `SAM`. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -99,13 +99,11 @@ class Sassha(_Both):
 
     @classmethod
     def lean(cls, rho: float = 0.2, **others: Any) -> "Sassha":
-        """Make SASSHA cheap: perturb along the gradient of a fifth of the batch, refresh half as often.
-
-        A step costs 1.27 times a plain one where SASSHA's costs 2.35 times, measured as the README says.
+        """Return a cheaper SASSHA, which perturbs along a fifth of the batch and refreshes half as often.
 
         Args:
             rho: radius of the perturbation, >= 0. Default: 0.2.
-            others: arguments of the constructor, which win over the preset's.
+            **others: arguments of the constructor, which override the preset.
 
         Raises:
             TypeError, ValueError: as the constructor does.
@@ -122,18 +120,18 @@ class Sassha(_Both):
 class MSassha(_Both):
     """Perturbs along the momentum, and refreshes the Hessian there (M-SASSHA, Shin et al. 2025).
 
-    SASSHA at the cost of one pass a step. Goes with the optimizer `composer_sassha.SASSHA`, or another one
-    that takes curvature and keeps a momentum. It is `MSAM(rho, interval)` and `LazyHessian(hessian_interval)`
-    in one, and logs what they log.
+    SASSHA at the cost of one pass a step. Needs the optimizer `composer_sassha.SASSHA`, or another one that
+    takes curvature and keeps a momentum. It is `MSAM(rho, interval)` and `LazyHessian(hessian_interval)` in
+    one, and logs the metrics of both.
 
     Args:
         rho: length of the displacement, >= 0. Default: 0.6.
         interval: steps between perturbed steps, >= 1. Default: 1.
         hessian_interval: steps between Hessian refreshes, >= 1. Default: 10.
         samples: probes per microbatch, >= 1. Default: 1.
-        seed: of the probes, >= 0. Default: 0.
+        seed: determines the probes, >= 0. Default: 0.
         estimator: of the Hessian, see `LazyHessian`. Default: 'hutchinson'.
-        batch_fraction: the share of the batch to estimate on, in (0, 1]. Default: 1.
+        batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is

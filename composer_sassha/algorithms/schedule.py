@@ -23,22 +23,22 @@ from composer_sassha.perturbations import Perturbation
 class Schedule(Algorithm):
     """Drives a hyperparameter by one of Composer's schedulers, as Composer itself drives the learning rate.
 
-    For every batch, the hyperparameter is set to the value that it has when the Trainer is made, times the
-    scheduler's multiplier. It is a number of the perturbation (`rho`, `alpha`, `beta`, ...) or, if the
-    perturbation has none of that name, of the optimizer's parameter groups (`hessian_power`, `weight_decay`,
-    ...). Nothing has to be saved: a resumed run computes the same values. Composer sets the learning rate
-    before it counts a batch, so that the rate is one batch behind its scheduler; these values are not, and
-    `FollowLR` takes the rate as it is. Logs `schedule/<name>`.
+    For every batch, the hyperparameter is set to its value at the Trainer's start times the scheduler's
+    multiplier. It is a number of the perturbation (`rho`, `alpha`, `beta`, ...). If the perturbation has none
+    of that name, it is one of the optimizer's parameter groups (`hessian_power`, `weight_decay`, ...).
+    Nothing has to be saved, since a resumed run computes the same values. Composer sets the learning rate
+    before it counts a batch, so that the rate is one batch behind its scheduler. The values set here are not
+    behind; `FollowLR` uses the present rate. Logs `schedule/<name>`.
 
     Args:
-        name: of the hyperparameter; not `lr`, which the Trainer's own schedulers drive.
-        scheduler: a Composer scheduler, which turns the Trainer's state into a multiplier; `FollowLR` moves
-            with the learning rate. `scale_schedule_ratio` does not reach it.
+        name: name of the hyperparameter; not `lr`, which the Trainer's own schedulers drive.
+        scheduler: a Composer scheduler, which maps the Trainer's state to a multiplier; `FollowLR` moves with
+            the learning rate. `scale_schedule_ratio` does not reach it.
 
     Raises:
-        TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a name that nothing
-            has; at the start of the training, a schedule that would end out of the hyperparameter's range,
-            or while it runs, one that leaves it in between.
+        TypeError, ValueError: an argument that is not allowed; at the Trainer's start, an unknown name; at
+            the start of the training, a schedule that would end outside of the hyperparameter's range; during
+            the training, one that leaves the range in between.
 
     Example:
         >>> from composer.optim import LinearScheduler
@@ -59,23 +59,23 @@ class Schedule(Algorithm):
             )
         self.name = name
         self.scheduler = scheduler
-        # By base optimizer, as one algorithm may serve several Trainers: the value of the perturbation, or of
-        # each parameter group.
+        # The start value of the perturbation, or that of each parameter group. Keyed by base optimizer, as
+        # one algorithm may serve several Trainers.
         self._bases: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Schedule({self.name!r}, {_call(self.scheduler)})"
 
     def match(self, event: Event, state: State) -> bool:
-        """Run at the Trainer's start, and before every batch."""
+        """Whether to run: at the Trainer's start, and before every batch."""
         return event in (*wiring.START, Event.AFTER_DATALOADER, Event.BATCH_START)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Remember the value to start from, wrap the optimizer, set the value, or check it."""
+        """Keep the start value, wrap the optimizer, set the value, or check it."""
         (optimizer,) = state.optimizers
         if event == Event.INIT:
             checks.check(state)
-            # Now, not later: what a checkpoint brings along has been multiplied already.
+            # Before loading: a checkpoint's value has been multiplied already.
             self._bases[_base(optimizer)] = self._find_base(state)
         elif event == Event.BEFORE_LOAD:
             wiring.wrapped_optimizer(state)
@@ -85,7 +85,7 @@ class Schedule(Algorithm):
         elif event == Event.AFTER_DATALOADER:
             self._set(optimizer.perturbation, optimizer.param_groups, self._values(optimizer, state))
         else:
-            try:  # all schedules have set their values by now, and some depend on each other
+            try:  # only now have all schedules set their values, some of which depend on each other
                 _check_range(optimizer, self.name, optimizer.perturbation, optimizer.param_groups)
             except ValueError as error:
                 raise SettingError(f"Schedule: at batch {state.timestamp.batch.value}: {error}") from error
@@ -94,7 +94,7 @@ class Schedule(Algorithm):
     def _find_base(self, state: State) -> list[float]:
         if sum(isinstance(a, Schedule) and a.name == self.name for a in state.algorithms) > 1:
             raise ValueError(f"Schedule: {self.name} is scheduled twice; keep one of them")
-        own = _numbers(checks.perturbation_of(state))
+        own = _schedulable(checks.perturbation_of(state))
         groups = [_group_numbers(group) for group in state.optimizers[0].param_groups]
         if self.name in own:
             return [own[self.name]]
@@ -113,14 +113,14 @@ class Schedule(Algorithm):
     def _set(
         self, perturbation: Perturbation | None, groups: list[dict[str, Any]], values: list[float]
     ) -> None:
-        if self.name in _numbers(perturbation):
+        if self.name in _schedulable(perturbation):
             setattr(perturbation, self.name, values[0])
         else:
             for group, value in zip(groups, values, strict=True):
                 group[self.name] = value
 
     def _check_the_end(self, state: State) -> None:
-        """Refuse, before the first step, what the last one would refuse."""
+        """Refuse, before the first step, a schedule whose value at the last step is not allowed."""
         (optimizer,) = state.optimizers
         now, last = state.timestamp, _last_batch(state)
         if last is None:
@@ -130,7 +130,7 @@ class Schedule(Algorithm):
         first, lr = optimizer.param_groups[0], optimizer.param_groups[0]["lr"]
         state.timestamp = last
         try:
-            for scheduler in state.schedulers:  # what FollowLR will find
+            for scheduler in state.schedulers:  # FollowLR reads the learning rate
                 if isinstance(scheduler, LambdaLR):
                     first["lr"] = first["initial_lr"] * scheduler.lr_lambdas[0](last.batch.value)
             for other in state.algorithms:
@@ -149,9 +149,9 @@ class Schedule(Algorithm):
 class FollowLR(ComposerScheduler):
     """A multiplier that moves with the learning rate, from 1 at its largest to `alpha_f` where it is zero.
 
-    The multiplier is `alpha_f + (1 - alpha_f) * lr / lr_max`, lr_max being the first parameter group's
-    `initial_lr`. With alpha_f > 1 it rises while the learning rate falls, as the authors of SASSHA have it
-    for the power of the Hessian.
+    The multiplier is `alpha_f + (1 - alpha_f) * lr / lr_max`, with lr_max the first parameter group's
+    `initial_lr`. With alpha_f > 1 it rises while the learning rate falls, as the authors of SASSHA do with
+    the power of the Hessian.
 
     Args:
         alpha_f: the multiplier at a learning rate of zero, >= 0. Default: 0.
@@ -181,7 +181,7 @@ def _base(optimizer: Optimizer) -> Optimizer:
 
 
 def _last_batch(state: State) -> Any:
-    """The timestamp of the training's last batch, or None if nobody knows it."""
+    """Return the timestamp of the training's last batch, or None if it is unknown."""
     end, length = state.max_duration, state.dataloader_len
     if end is None or end.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH):
         return None
@@ -203,18 +203,18 @@ def _check_range(
     perturbation: Perturbation | None,
     groups: list[dict[str, Any]],
 ) -> None:
-    if perturbation is not None and name in _numbers(perturbation):
+    if perturbation is not None and name in _schedulable(perturbation):
         perturbation.validate()
         return
     for group in groups:
         if hasattr(optimizer, "check_group"):
             optimizer.check_group(group)
-        else:  # torch's optimizers check when they are made only
+        else:  # torch's optimizers check their arguments only in the constructor
             validate.number(type(optimizer).__name__, name, group[name], low=0)
 
 
-def _numbers(perturbation: Perturbation | None) -> dict[str, float]:
-    """The arguments of a perturbation that can be scheduled."""
+def _schedulable(perturbation: Perturbation | None) -> dict[str, float]:
+    """Return the arguments of a perturbation that can be scheduled."""
     if perturbation is None or not hasattr(perturbation, "__dataclass_fields__"):
         return {}
     every = fields(perturbation)  # type: ignore[arg-type]  # a dataclass
@@ -233,7 +233,7 @@ def _group_numbers(group: dict[str, Any]) -> dict[str, float]:
 
 
 def _call(scheduler: Any) -> str:
-    """Write a scheduler as the call that makes it, as far as it keeps its arguments."""
+    """Return the call that makes a scheduler, as text, with the arguments that it keeps as attributes."""
     names = inspect.signature(type(scheduler)).parameters
     kept = {name: getattr(scheduler, name) for name in names if hasattr(scheduler, name)}
     plain = {name: v.to_timestring() if isinstance(v, Time) else v for name, v in kept.items()}

@@ -5,10 +5,11 @@ from composer_sassha.perturbations import SSAMPerturbation
 
 
 class SSAM(PerturbingAlgorithm):
-    """SAM whose update has the norm of the gradient at w (Tan et al. 2025, JMLR, arXiv 2401.07250).
+    """Perturbs as SAM does, with the update rescaled to the norm of the gradient at w (Tan et al. 2025).
 
-    The gradient at w + e is multiplied by `||g(w)|| / ||g(w + e)||`. Each rank does so with its own two
-    gradients, and the result is averaged in one collective. Logs what `SAM` logs.
+    Stable SAM, JMLR, arXiv 2401.07250. The gradient at w + e is multiplied by `||g(w)|| / ||g(w + e)||`. Each
+    rank does so with its own two gradients, and the result is averaged in one collective. Logs the metrics of
+    `SAM`.
 
     Args:
         rho: radius of the neighbourhood, >= 0. Default: 0.05.

@@ -7,8 +7,8 @@ from composer_sassha.perturbations import USAMPerturbation
 class USAM(PerturbingAlgorithm):
     """Takes the gradient at `w + rho * g` (Andriushchenko and Flammarion 2022, arXiv 2206.06232).
 
-    With `renormalize`, the update is given the norm of the gradient at w, as in `SSAM`. All else is as in
-    `SAM`, what it logs included.
+    With `renormalize`, the update is rescaled to the norm of the gradient at w, as in `SSAM`. All else,
+    metrics included, is as in `SAM`.
 
     Args:
         rho: step along the gradient, >= 0. Default: 0.05.

@@ -1,4 +1,4 @@
-"""What all our algorithms share: the Trainer's passes, the wrapped optimizer, and the log."""
+"""Connects the algorithms to the Trainer: its passes, the wrapped optimizer, the scaler and the log."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,29 +13,30 @@ from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
 
-# When an algorithm checks, wraps, and checks again (fit() may have been given another precision).
+# The events on which an algorithm checks, wraps the optimizer, and adapts to the precision given to fit().
 START = (Event.INIT, Event.BEFORE_LOAD, Event.FIT_START)
 
 
 class TrainerPasses(PassRunner):
-    """Runs passes through the Trainer's closure, and hides those that a user must not see."""
+    """Runs passes through the Trainer's closure, and keeps hidden ones out of metrics and logs."""
 
     def __init__(self, state: State) -> None:
         super().__init__(state.model)
         self.state = state
-        # What algorithms have to forget of a step that an exception has ended.
+        # Called when an exception has ended a step, to drop what algorithms keep between its passes.
         self.on_rollback: list[Callable[[], None]] = []
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
-        """Run one pass; see `PassRunner`. The Trainer's closure takes care of `sync` itself."""
+        """Run one pass; see `PassRunner`. The Trainer's closure handles `sync` itself."""
         state = self.state
         if any(part._version != version for part, version in self._versions):
             raise SettingError(
                 "an algorithm has written into the batch (CutMix does, into targets as large as the images), "
-                "so that a second pass would see another one; leave it out, or use MSAM, which needs one pass"
+                "which a second pass would see; leave it out, or use MSAM, which needs one pass"
             )
         if not hidden:
             return closure(ddp_sync=sync)
+        # The closure updates these and logs `loss_dict`, whichever pass it runs: give it others to write to.
         seen = state.train_metrics, state.loss, state.outputs
         state.train_metrics = {}
         try:
@@ -44,14 +45,15 @@ class TrainerPasses(PassRunner):
             state.train_metrics, state.loss, state.outputs = seen
 
     def begin(self) -> None:
-        """Remember what an interrupted pass leaves behind."""
-        self.model = self.state.model  # wrapped for DDP since
+        """Keep the batch, which an interrupted pass would replace."""
+        self.model = self.state.model  # the Trainer has wrapped it for DDP since
         super().begin()
         self._batch = self.state.batch
+        # PyTorch counts the in-place writes to a tensor in `_version`; `run` compares before every pass.
         self._versions = [(p, p._version) for p in tree_leaves(self._batch) if isinstance(p, Tensor)]
 
     def rollback(self) -> None:
-        """Put back the batch, and clear the metrics: the Trainer had reset them before the step."""
+        """Restore the batch, and reset the metrics as the Trainer had done before the step."""
         self.state.batch = self._batch
         for metric in (self.state.train_metrics or {}).values():
             metric.reset()
@@ -60,7 +62,7 @@ class TrainerPasses(PassRunner):
 
 
 def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = None) -> SharpnessAwareOptimizer:
-    """Return the Trainer's optimizer, wrapped: by an algorithm before, by the user, or now.
+    """Return the Trainer's optimizer, and wrap it if no other algorithm and not the user has done so.
 
     Called at BEFORE_LOAD, so that a checkpoint is loaded into the wrapper.
 
@@ -82,19 +84,19 @@ def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = Non
 
 
 def scale_gradients(state: State) -> None:
-    """With float16, have the Trainer use our gradient scaler; again when fit() has made another one."""
+    """Install our gradient scaler if the precision is float16; call it again when fit() has made another."""
     if state.precision == Precision.AMP_FP16 and not isinstance(state.scaler, ClosureGradScaler):
         state.scaler = ClosureGradScaler("cuda" if state.device.name == "gpu" else "cpu")
 
 
 def phase(state: State) -> str | None:
-    """Which of a perturbed step's two passes is running: "ascent", "descent", or None."""
+    """Return which of a perturbed step's two passes is running: "ascent", "descent", or None."""
     (optimizer,) = state.optimizers
     return optimizer.phase if isinstance(optimizer, SharpnessAwareOptimizer) else None
 
 
 def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:
-    """Log what the latest step has to say under these names, if anything."""
+    """Log those of the latest step's metrics that have these names."""
     (optimizer,) = state.optimizers
     assert isinstance(optimizer, SharpnessAwareOptimizer)
     found = {f"{prefix}/{name}": optimizer.metrics[name] for name in names if name in optimizer.metrics}

@@ -1,4 +1,4 @@
-"""Composer callbacks."""
+"""Composer callbacks, and the batches that they measure on."""
 
 from composer_sassha.callbacks.sharpness_monitor import SharpnessMonitor
 

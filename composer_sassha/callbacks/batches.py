@@ -1,4 +1,4 @@
-"""Batches to measure on, taken from a loader once and kept."""
+"""Batches to measure on, taken once from a loader."""
 
 import sys
 from itertools import islice
@@ -13,18 +13,19 @@ from composer_sassha.common.validate import SettingError
 
 
 def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any, int]]:
-    """Take the first batches of a loader to the device, each with its number of samples.
+    """Return the first batches of a loader, on the device, each with its number of samples.
 
-    Without those that a `DistributedSampler` repeats to have as many on every rank. A rank that has no others
-    takes a batch that counts for none, since the ranks measure together.
+    Samples that a `DistributedSampler` repeats, so that all ranks have equally many, are left out. A rank
+    that has only such samples takes one batch with a count of 0: it must take part in the collectives of the
+    measurement.
 
     Args:
         data: the loader.
-        batches: at most so many; None: all.
-        device: Composer's.
+        batches: the largest number of batches; None: all.
+        device: the Trainer's device.
 
     Raises:
-        SettingError: one has no tensor to count samples by.
+        SettingError: a batch has no tensor to count samples by.
     """
     taken: list[tuple[Any, int]] = []
     left = _own(data.dataloader)
@@ -43,9 +44,9 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
 
 
 def _own(loader: Any) -> int:
-    """The number of a loader's samples that no other rank has."""
+    """Return the number of a loader's samples on this rank that are no repetitions."""
     sampler = getattr(loader, "sampler", None)
-    # Without a batch size the items of the data set are batches, of any number of samples.
+    # Without a batch size, the items of the data set are batches already, with any number of samples.
     if isinstance(sampler, DistributedSampler) and loader.batch_size is not None:
         return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
     return sys.maxsize

@@ -1,4 +1,4 @@
-"""Sharpness while a Trainer trains."""
+"""Measures sharpness while a Trainer trains."""
 
 import contextlib
 import time
@@ -23,32 +23,33 @@ from composer_sassha.sharpness.spectral_density import Spectrum, spectrum
 class SharpnessMonitor(Callback):
     """Measures the sharpness of the loss on fixed batches while any method trains, and leaves no trace.
 
-    A run with the monitor is equal to one without to the last bit: weights, buffers, modes, gradients and
-    random numbers are as they were, also after an exception. The loss is the model's own,
-    `model.loss(model(batch), batch)`, in the parameters' precision, at the weights w that the optimizer has
-    left, in evaluation mode: no dropout, and BatchNorm's running statistics (rank 0's on all ranks, as an
-    evaluation has them).
+    A run with the monitor is bit-identical to one without: weights, buffers, modes, gradients and random
+    numbers are restored, also after an exception. The loss is the model's own,
+    `model.loss(model(batch), batch)`, in the parameters' precision and at the weights w after the optimizer's
+    step. The model is in evaluation mode: no dropout, and BatchNorm's running statistics (rank 0's on all
+    ranks, as in an evaluation).
 
-    Logs `sharpness/<name>` for every name that `measure` lists, and `sharpness/seconds`, what it took. Where
-    the time was over, or a gradient was not finite, a name is absent. All sums go over all ranks, each of
-    which has its own share of the loader; samples that a `DistributedSampler` repeats, to have as many on
-    each, count once. At the end of the chosen epochs, the table `sharpness/spectrum` has a row for each
-    eigenvalue and its weight, and `sharpness/spectrum_seconds` is what it took; the attribute `spectra` has
-    each epoch's `Spectrum`.
+    Logs `sharpness/<name>` for every name that `measure` lists, and the time taken as `sharpness/seconds`. A
+    name is absent if the time was over or a gradient was not finite. All sums are over all ranks, each of
+    which has its own part of the loader. Samples that a `DistributedSampler` repeats, so that all ranks have
+    equally many, count once. At the end of the chosen epochs, the table `sharpness/spectrum` has a row for
+    each eigenvalue and its weight, and `sharpness/spectrum_seconds` is the time taken. The attribute
+    `spectra` has each epoch's `Spectrum`.
 
     Args:
-        interval: time between measurements, such as '1ep' or '500ba', > 0; also measured at the end of the
-            training. Default: '1ep'.
-        dataloader: what to measure on, a loader or a `DataSpec` that returns the same batches every time.
-            Default: the Trainer's evaluation data.
-        batches: its first so many on each rank, taken when the training starts and kept, >= 1. Default: 4.
-        measures: which numbers, how exactly, and what each costs. Default: `Measures()`.
-        spectrum_epochs: after which epochs to take the spectrum, >= 1 each. Default: none.
-        spectrum_steps: of Lanczos for each probe, >= 1. Default: 80.
-        spectrum_probes: random vectors, >= 1. Default: 4.
+        interval: time between measurements, such as '1ep' or '500ba', > 0. The end of the training is
+            measured too. Default: '1ep'.
+        dataloader: a loader or `DataSpec` to measure on, which returns the same batches every time. Default:
+            the Trainer's evaluation data.
+        batches: the number of its first batches to take on each rank, when the training starts, >= 1.
+            Default: 4.
+        measures: the selection of measures, with their accuracy and cost. Default: `Measures()`.
+        spectrum_epochs: the epochs after which to take the spectrum, each >= 1. Default: none.
+        spectrum_steps: Lanczos steps for each probe, >= 1. Default: 80.
+        spectrum_probes: random vectors for the spectrum, >= 1. Default: 4.
         batch_statistics: BatchNorm normalizes by each batch's statistics, as in training. Default: False.
-        max_seconds: after so long no further gradient or Hessian product is begun, > 0; the spectrum has as
-            much of its own. Default: 60.
+        max_seconds: time after which no further gradient or Hessian product is begun, > 0. The spectrum has
+            the same time again. Default: 60.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the training's start, sharded parameters
@@ -105,15 +106,15 @@ class SharpnessMonitor(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: when it last measured."""
+        """Return the state for a checkpoint: the batch of the last measurement."""
         return {"measured_at": self._measured_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: the end of an epoch that a checkpoint was saved before is not measured twice."""
+        """Load the batch of the last measurement, so that none is repeated at the end of an epoch."""
         self._measured_at = state.get("measured_at")
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse what cannot be measured, and take the batches."""
+        """Refuse models that cannot be measured, and take the batches."""
         if state.fsdp_config is not None or state.tp_config is not None or is_sharded(state.model):
             raise ValueError(
                 "SharpnessMonitor: sharded parameters (FSDP, TP) are not supported; leave it out, or train "
@@ -125,15 +126,15 @@ class SharpnessMonitor(Callback):
             try:
                 self._taken = take(self._data(state), self.batches, state.device)
             finally:
-                before.restore()  # a loader draws a seed for its workers
-        objective_of(state.model, self._taken)  # refuses what it has to refuse
+                before.restore()  # iterating a loader draws a seed for its workers
+        objective_of(state.model, self._taken)  # raises now, before the training, if it cannot be measured
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Measure if it is time."""
+        """Measure if a measurement is due."""
         self._measure_if_due(Event.BATCH_END, state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Measure if it is time, and take the spectrum."""
+        """Measure if a measurement is due, and take the spectrum."""
         self._measure_if_due(Event.EPOCH_END, state, logger)
         if state.timestamp.epoch.value in self.spectrum_epochs:
             start = time.monotonic()
@@ -169,7 +170,7 @@ class SharpnessMonitor(Callback):
 
     def _measure_if_due(self, event: Event, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value
-        # The end of the training may be that of a batch and of an epoch.
+        # The last batch ends a batch, an epoch and the training: measure once.
         if not self._due(state, event) or batch == self._measured_at:
             return
         self._measured_at = batch
@@ -181,11 +182,12 @@ class SharpnessMonitor(Callback):
 
     @contextlib.contextmanager
     def _objective(self, state: State) -> Iterator[Objective]:
-        """What is measured, with the time that it may take from now on."""
+        """Yield the objective, with the deadline running from now."""
         model = unwrapped(state.model)
         deadline = Deadline(self.max_seconds, next(model.parameters()).device)
         with undisturbed(model, self.batch_statistics):
             if dist.get_world_size() > 1:
+                # Each rank has BatchNorm statistics of its own; the measures must be of one function.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
             yield objective_of(model, self._taken, deadline)

@@ -123,8 +123,8 @@ class SecondOrderOptimizer(Optimizer):
         self._init_state()
         learning = any(group["lr"] > 0 for group in self.param_groups)
         if fresh and not learning and not self._any_gradient(grads):
-            # To save and load checkpoints, PyTorch steps a fresh optimizer at lr = 0 with zero gradients, only to
-            # create its state.
+            # To save and load checkpoints, PyTorch steps a fresh optimizer at lr = 0 with zero gradients,
+            # only to create its state.
             return loss
         if grads and learning and not any(state["hessian_step"] for state in self.state.values()):
             raise RuntimeError(

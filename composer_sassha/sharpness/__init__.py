@@ -1,4 +1,4 @@
-"""How sharp the minimum is that a method has found: measured while it trains, and after."""
+"""Measures of the sharpness of a minimum, for any model with a loss. Plain PyTorch."""
 
 from composer_sassha.sharpness.hessian import Eigenpairs, Estimate, top_eigenpairs, top_eigenvalues, trace
 from composer_sassha.sharpness.landscape import filter_normalized, interpolation, line, plane

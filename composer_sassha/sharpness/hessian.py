@@ -1,4 +1,4 @@
-"""The Hessian of an objective: its largest eigenvalues, and its trace."""
+"""The largest eigenvalues and the trace of an objective's Hessian."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
@@ -19,11 +19,11 @@ from composer_sassha.sharpness.objective import Objective, wide_like
 Product = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
-_RESTARTS = 50  # of ARPACK; eigenvalues that it has not settled by then are not going to be
+_RESTARTS = 50  # of ARPACK; eigenvalues that have not converged by then will not converge
 
 
 class Estimate(NamedTuple):
-    """A mean over random draws, and its standard error: their deviation over the root of their number."""
+    """A mean over random draws, and its standard error (their deviation over the root of their number)."""
 
     mean: float
     error: float
@@ -37,19 +37,19 @@ class Eigenpairs(NamedTuple):
 
 
 def led(objective: Objective, solve: Callable[[Product], T]) -> T:
-    """Have rank 0 alone decide which Hessian products are computed, and all ranks compute them.
+    """Run `solve` on rank 0, compute its Hessian products on all ranks, and broadcast its result.
 
-    A solver that stops where its arithmetic tells it to could stop elsewhere on another machine, and the
-    other ranks would wait for it.
+    A solver stops by its own arithmetic, which may differ in the last bit between machines. If every rank ran
+    it, one could stop earlier and leave the others waiting in a collective.
 
     Args:
-        objective: whose products `solve` may ask for.
-        solve: called on rank 0 with the product; all ranks get what it returns. What it raises by itself
-            ends rank 0 alone, so it is not to raise anything else than the product does.
+        objective: its products are those that `solve` may ask for.
+        solve: called on rank 0 with the product; all ranks get its result. It must raise only what the
+            product raises, which all ranks raise together. Any other exception would end rank 0 alone.
     """
     if not (objective.shared and several()):
         return solve(objective.product)
-    # The vector, and whether there is one.
+    # What rank 0 broadcasts: a vector, and a last entry that is 0 when the solver has finished.
     order = wide_like(objective).new_zeros(objective.size + 1)
 
     def product(vector: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
         order.zero_()
         dist.broadcast(order, src=0)
     else:
-        while True:
+        while True:  # serve rank 0's products until it has finished
             dist.broadcast(order, src=0)
             if not order[-1]:
                 break
@@ -75,16 +75,17 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
 def top_eigenpairs(objective: Objective, k: int = 5, tol: float = 1e-3, seed: int = 0) -> Eigenpairs:
     """Return the k largest eigenvalues of the Hessian, by SciPy's `eigsh` (implicitly restarted Lanczos).
 
-    They are the largest, not those of the largest magnitude: the Hessian at a minimum has few negative ones,
-    and those are small. Each product is computed in the dtype of the parameters, all else in float64.
+    These are the algebraically largest, not those of the largest magnitude: at a minimum the Hessian has few
+    negative eigenvalues, and they are small. Products are computed in the dtype of the parameters, all else
+    in float64.
 
     Args:
-        objective: of which the Hessian is taken.
-        k: how many, >= 1; if the Hessian has fewer, all of them.
-        tol: every eigenvalue is off by at most `tol` times itself, as far as the products are exact (the
-            norm of a residual bounds the error). Those that do not get there in 50 restarts, such as a zero,
-            may be left out. > 0. Default: 1e-3.
-        seed: of the vector that the iteration starts from. Default: 0.
+        objective: has the Hessian.
+        k: the number of eigenvalues, >= 1; if the Hessian has fewer, all of them.
+        tol: largest relative error of an eigenvalue, as far as the products are exact (the norm of a residual
+            bounds the error), > 0. Eigenvalues that miss it after 50 restarts, such as a zero, may be left
+            out. Default: 1e-3.
+        seed: determines the first vector of the iteration. Default: 0.
 
     Raises:
         SettingError: an operation of the model has no second derivative.
@@ -125,7 +126,7 @@ def _top(product: Product, objective: Objective, k: int, tol: float, seed: int) 
         return product(torch.from_numpy(vector.ravel().copy()).to(like)).double().cpu().numpy()
 
     basis = min(size, max(2 * k + 1, 20))
-    if size <= basis:  # the basis would be the whole space
+    if size <= basis:  # the Lanczos basis would be the whole space
         matrix = np.stack([times(column) for column in np.eye(size)])
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     else:
@@ -149,9 +150,9 @@ def trace(objective: Objective, samples: int = 32, seed: int = 0) -> Estimate:
     The estimate is unbiased; its variance is the sum of `2 H_ij^2` over i != j, divided by `samples`.
 
     Args:
-        objective: of which the Hessian is taken.
-        samples: products, >= 2. Default: 32.
-        seed: of the vectors. Default: 0.
+        objective: has the Hessian.
+        samples: the number of vectors, >= 2; one product each. Default: 32.
+        seed: determines the vectors. Default: 0.
 
     Raises:
         SettingError: an operation of the model has no second derivative.

@@ -14,15 +14,15 @@ from composer_sassha.sharpness.perturbed_loss import random_vector
 
 
 def filter_normalized(objective: Objective, seed: int = 0) -> Tensor:
-    """Draw a random direction whose filters are as long as those of the weights (Li et al. 2018, section 4).
+    """Draw a random direction with the norms of the weights' filters (Li et al. 2018, section 4).
 
-    Every filter of a convolution, and every row of a matrix, gets a Gaussian direction of the filter's own
-    norm. Biases and the parameters of normalizations, which have one dimension or none, do not move. So a
-    network that is scaled without being changed, as BatchNorm allows, has the same landscape.
+    Every filter of a convolution, and every row of a matrix, gets a Gaussian direction with the filter's own
+    norm. Biases and the parameters of normalizations, which have one dimension or none, do not move. Weights
+    that are rescaled without a change of the function, as BatchNorm allows, have the same landscape.
 
     Args:
-        objective: the weights.
-        seed: of the direction. Default: 0.
+        objective: has the weights.
+        seed: determines the direction. Default: 0.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -41,7 +41,7 @@ def filter_normalized(objective: Objective, seed: int = 0) -> Tensor:
 
 
 def _rescaled(direction: Tensor, weights: Tensor) -> Tensor:
-    """Give each filter of a direction the norm of that of the weights."""
+    """Rescale each filter of a direction to the norm of the weights' filter."""
     rest = tuple(range(1, weights.ndim))
     lengths = torch.linalg.vector_norm(direction, dim=rest, keepdim=True)
     return direction.mul(torch.linalg.vector_norm(weights, dim=rest, keepdim=True) / lengths)
@@ -51,7 +51,7 @@ def line(objective: Objective, direction: Tensor, at: Sequence[float]) -> NDArra
     """Return `L(w + a * d)` for every a.
 
     Args:
-        objective: the loss L at the weights w, which are put back.
+        objective: the loss L at the weights w, which are restored.
         direction: d, [size].
         at: the values of a, [n].
 
@@ -74,7 +74,7 @@ def plane(
     """Return `L(w + a * d + b * f)` for every b (rows) and a (columns).
 
     Args:
-        objective: the loss L at the weights w, which are put back.
+        objective: the loss L at the weights w, which are restored.
         first: d, [size].
         second: f, [size].
         at: the values of a, [n].
@@ -100,13 +100,13 @@ def plane(
 def interpolation(
     objective: Objective, model: nn.Module, end: Mapping[str, Tensor], at: Sequence[float]
 ) -> NDArray[np.float64]:
-    """Return the loss at `(1 - a) * now + a * end` for every a: weights and BatchNorm's statistics alike.
+    """Return the loss at `(1 - a) * now + a * end` for every a, for weights and floating-point buffers alike.
 
     Args:
-        objective: of the model.
-        model: its parameters and buffers are put back. Buffers of whole numbers stay as they are.
-        end: another state of the same model, as `state_dict` returns it.
-        at: the values of a, [n]; 0 is the model as it is, 1 is `end`.
+        objective: the model's.
+        model: its parameters and buffers are restored. Integer buffers are not interpolated.
+        end: another state of the same model, from `state_dict`.
+        at: the values of a, [n]; 0 is the present model, 1 is `end`.
 
     Raises:
         KeyError: `end` lacks a part of the model.

@@ -1,4 +1,4 @@
-"""All numbers of sharpness at once: which, how exactly, and in which order."""
+"""All measures of sharpness in one call, the cheap ones first."""
 
 import contextlib
 import time
@@ -23,22 +23,27 @@ from composer_sassha.sharpness.perturbed_loss import (
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured, and how exactly. A number of 0, and an empty tuple, leave that part out.
+    """Selects the measures and their accuracy. A number of 0, or an empty tuple, omits a measure.
 
-    In units of one gradient over all samples, a part costs about: 1 for a loss with its gradient, 2 for
-    `sam` per ascent step, 2 for `asam`, two thirds of `directions`, 2 for each m (in small batches), 3 for
-    each of the `trace_samples`, and for each product of `eigsh`, which takes 20 at least and some 30 to 100.
+    The cost, in units of one gradient over all samples, is about
+
+    - 1 for the loss with its gradient
+    - 2 for `sam` per ascent step, and 2 for `asam`
+    - two thirds of `directions`
+    - 2 for each m, in small batches
+    - 3 for each of the `trace_samples`
+    - 3 for each product of `eigsh`, which needs at least 20, usually 30 to 100
 
     Args:
         eigenvalues: the number of the Hessian's largest eigenvalues, >= 0. Default: 5.
         tol: their relative accuracy, see `top_eigenpairs`, > 0. Default: 1e-3.
         trace_samples: random vectors for the trace, 0 or >= 2. Default: 16.
         rho: radius of SAM's sharpness, m-sharpness and the average, > 0. Default: 0.05.
-        ascent_steps: of SAM's sharpness and m-sharpness, >= 1. Default: 1.
+        ascent_steps: ascent steps of SAM's sharpness and m-sharpness, >= 1. Default: 1.
         m: group sizes of m-sharpness. Default: (16, 64).
         directions: random directions for the average, 0 or >= 2. Default: 10.
         asam_rho: radius of adaptive sharpness, >= 0. Default: 0.5.
-        seed: of everything that is drawn, >= 0. Default: 0.
+        seed: determines all random draws, >= 0. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -75,7 +80,7 @@ class Measures:
 
 
 def measure(objective: Objective, measures: Measures) -> dict[str, float]:
-    """Return the numbers by name, the cheap ones first; what could not be finished is absent.
+    """Return the measures by name, the cheap ones first; a measure that could not be finished is absent.
 
     - `loss`, and `full_grad_norm`, the norm of the gradient over all batches
     - `sam`: SAM's sharpness (`sam_sharpness`)
@@ -88,8 +93,8 @@ def measure(objective: Objective, measures: Measures) -> dict[str, float]:
     - `trace`: the Hessian's (`trace`), and `trace_error`, its standard error
 
     Args:
-        objective: at the weights that are measured.
-        measures: which, and how exactly.
+        objective: has the weights to measure at.
+        measures: the selection of measures.
 
     Raises:
         SettingError: an operation of the model has no second derivative.
@@ -142,7 +147,7 @@ def _eigenvalues(objective: Objective, measures: Measures, found: dict[str, floa
 
 
 def eigenvalue_metrics(values: list[float]) -> dict[str, float]:
-    """Name the largest eigenvalues, given in descending order.
+    """Return the metrics for the largest eigenvalues, given in descending order.
 
     Example:
         >>> eigenvalue_metrics([6.0, 2.0])
@@ -163,17 +168,20 @@ def _trace(objective: Objective, measures: Measures, found: dict[str, float]) ->
 
 
 class Deadline:
-    """A tick that raises once the time is over, on all ranks at the same evaluation.
+    """A tick that raises when the time is over, on all ranks at the same evaluation.
 
     Args:
-        seconds: from now.
-        device: where the ranks' answers are gathered.
+        seconds: the time, from now.
+        device: the device of the collective in which the ranks agree.
     """
 
     def __init__(self, seconds: float, device: torch.device) -> None:
         self._end, self._device = time.monotonic() + seconds, device
 
     def __call__(self) -> None:
-        """Raises Unfinished: the time is over on some rank."""
+        """Raise Unfinished if the time is over on any rank.
+
+        Clocks differ between ranks. A rank that stopped by its own would leave the others in a collective.
+        """
         if any_rank(torch.tensor(time.monotonic() > self._end, device=self._device)):
             raise Unfinished("the time is over")

@@ -1,4 +1,4 @@
-"""What is measured: a mean loss over batches that stay the same, as a function of the weights."""
+"""The mean loss over fixed batches as a function of the weights, with its derivatives."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,29 +22,30 @@ from composer_sassha.curvature.hutchinson import (
     hessian_product,
 )
 
-_SEED = 0  # of what a model draws while it is measured
+_SEED = 0  # of the random numbers that a model draws while it is measured
 
 
 class Unfinished(Exception):
-    """A measurement that has no result: its time was over, or a gradient or a product was not finite."""
+    """A measurement without a result: its time was over, or a gradient or product was not finite."""
 
 
 class Objective:
-    """The mean loss over fixed batches, and its first two derivatives at the weights as they are now.
+    """Computes the mean loss over fixed batches and its first two derivatives, at the present weights.
 
-    Every batch counts by its number of samples. All vectors are flat, over the parameters that require a
-    gradient, in their dtype. Random numbers that the model draws are the same in every evaluation.
+    Every batch is weighted by its number of samples. All vectors are flat, over the parameters that require a
+    gradient, in their dtype. The model draws the same random numbers in every evaluation.
 
     Args:
         params: the parameters by name; those that require no gradient are held fixed.
-        loss: of one batch, a mean over its samples.
-        batches: each with its number of samples; at least one.
-        shared: the ranks have a share of the batches each: sums go over all of them, and all ranks must call
-            the same methods. False: this process's batches alone. Default: True.
+        loss: returns the loss of one batch, a mean over its samples.
+        batches: at least one batch, each with its number of samples.
+        shared: whether every rank holds a part of the batches. Sums are then over all ranks, and all ranks
+            must call the same methods. False: this process's batches alone. Default: True.
         tick: called before each evaluation. Default: does nothing.
 
     Raises:
-        SettingError: no parameter requires a gradient, or they are less precise than float32; no batch.
+        SettingError: no parameter requires a gradient, a parameter is less precise than float32, or there is
+            no batch.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -73,11 +74,11 @@ class Objective:
                 "them in float32 (precision='amp_bf16' does)"
             )
         if not self.batches:
-            raise SettingError("sharpness: there is no batch to measure on; give a loader that has some")
+            raise SettingError("sharpness: there is no batch to measure on; use a loader that has some")
 
     @property
     def size(self) -> int:
-        """The number of weights."""
+        """The number of weights, over all parameters that require a gradient."""
         return sum(p.numel() for p in self.params)
 
     @property
@@ -98,7 +99,7 @@ class Objective:
         """Return the gradient, of shape [size].
 
         Raises:
-            Unfinished: it is not finite.
+            Unfinished: the gradient is not finite.
         """
         return _finite(self._mean(self._gradient))
 
@@ -107,28 +108,28 @@ class Objective:
 
         Raises:
             SettingError: an operation of the model has no second derivative.
-            Unfinished: it is not finite.
+            Unfinished: the product is not finite.
         """
         vectors = self.like(vector)
         return _finite(self._mean(lambda batch: self._product(batch, vectors)))
 
     def groups(self, m: int) -> list["Objective"]:
-        """Divide this process's samples, in their order, into groups of m; those left over are in none.
+        """Divide this process's samples, in order, into groups of m; the last, smaller group is dropped.
 
         Args:
             m: samples in a group, >= 1.
         """
         groups: list[list[tuple[Any, int]]] = [[]]
-        room = m
+        missing = m  # samples, in the last group
         for batch, count in self.batches:
             start = 0
             while start < count:
-                taken = min(room, count - start)
+                taken = min(missing, count - start)
                 groups[-1].append((select(batch, slice(start, start + taken), count), taken))
-                start, room = start + taken, room - taken
-                if not room:
+                start, missing = start + taken, missing - taken
+                if not missing:
                     groups.append([])
-                    room = m
+                    missing = m
         params = dict(zip(self.names, self.params, strict=True))
         return [Objective(params, self.loss_of, group, shared=False) for group in groups[:-1]]
 
@@ -157,7 +158,7 @@ class Objective:
         return flatten(products, like=self.params)
 
     def _mean(self, of: Callable[[Any], Tensor]) -> Tensor:
-        """Average over all samples of all ranks, in one collective."""
+        """Average over all samples of all ranks, in one collective with the number of samples."""
         self.tick()
         total: Tensor | None = None
         for batch, count in self.batches:
@@ -180,7 +181,7 @@ def objective_of(
     Args:
         model: has a method `loss(outputs, batch)`, as a `ComposerModel` has; wrapped for data-parallel
             training or not.
-        batches: each with its number of samples.
+        batches: at least one batch, each with its number of samples.
         tick: see `Objective`.
     """
     inner = unwrapped(model)
@@ -194,16 +195,16 @@ def objective_of(
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[None]:
-    """Put a model in evaluation mode, in full precision, and everything back when the block ends.
+    """Put a model in evaluation mode and in full precision; restore everything when the block ends.
 
-    That is the modes of all modules, the buffers, the random number generators (of Python, NumPy, PyTorch,
-    and the GPUs in use) and the precision of matrix products, also after an exception. Attention runs as
-    plain products and a compiled model as it was written, since other kernels have no second derivative.
+    Restored are the modes of all modules, the buffers, the random number generators (of Python, NumPy,
+    PyTorch and the GPUs in use) and the precision of matrix products, also after an exception. Attention runs
+    as plain products and a compiled model runs eagerly, since other kernels have no second derivative.
 
     Args:
-        model: also one that is wrapped for data-parallel training, or compiled.
-        batch_statistics: BatchNorm normalizes by the mean and variance of each batch, as in training,
-            instead of the running ones; those are left as they are. Default: False.
+        model: wrapped for data-parallel training, compiled, or neither.
+        batch_statistics: BatchNorm normalizes by the mean and variance of each batch, as in training, and
+            leaves its running statistics alone. Default: False.
     """
     model = unwrapped(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -235,7 +236,7 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Have GPUs multiply in float32: TF32 keeps ten bits, less than a Hessian-vector product needs."""
+    """Disable TF32 on GPUs: its ten bits are less than a Hessian-vector product needs."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     allowed = [backend.allow_tf32 for backend in backends]
     try:
@@ -254,5 +255,5 @@ def _finite(vector: Tensor) -> Tensor:
 
 
 def wide_like(objective: Objective) -> Tensor:
-    """An empty vector of the dtype and on the device of an objective's."""
+    """Return an empty vector with the dtype and device of an objective's vectors."""
     return torch.empty(0, dtype=wide_dtype(objective.params), device=objective.params[0].device)

@@ -1,4 +1,4 @@
-"""How much the loss rises around the weights: in the worst direction, for groups of samples, on average."""
+"""The rise of the loss around the weights: in the worst direction, for groups of samples, on average."""
 
 import math
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from composer_sassha.sharpness.objective import Objective, Unfinished
 
 
 def rise(objective: Objective, perturbation: Perturbation) -> float:
-    """Return `L(w + e) - L(w)`, e the displacement of a method that ascends once, such as SAM's.
+    """Return `L(w + e) - L(w)`, e the displacement of a perturbation with one ascent, such as SAM's.
 
-    For SAM it is GSAM's surrogate gap h (Zhuang et al. 2022, section 3): at a minimum, `2 h / rho^2` lies
+    For SAM this is GSAM's surrogate gap h (Zhuang et al. 2022, section 3): at a minimum, `2 h / rho^2` lies
     between the smallest and the largest eigenvalue of the Hessian, up to terms of third order.
 
     Args:
-        objective: the loss L at the weights w, which are put back.
-        perturbation: displaces along the gradient.
+        objective: the loss L at the weights w, which are restored.
+        perturbation: displaces the weights along the gradient.
 
     Raises:
         Unfinished: the gradient is not finite, or the time is over.
@@ -44,14 +44,14 @@ def rise(objective: Objective, perturbation: Perturbation) -> float:
 def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> float:
     """Return SAM's sharpness, the largest `L(w + e) - L(w)` with `||e|| <= rho` (Foret et al. 2021, eq. 1).
 
-    The maximum is not known: what is returned is a lower bound of it, the highest of the points visited by
-    an ascent that starts with SAM's own `e = rho * g / ||g||` (equation 2). Every further step adds
-    `rho * g(w + e) / ||g(w + e)||` to e, and shortens the sum to rho.
+    The maximum itself is unknown. The result is a lower bound: the highest loss along an ascent that starts
+    with SAM's own `e = rho * g / ||g||` (equation 2). Every further step adds
+    `rho * g(w + e) / ||g(w + e)||` to e, and projects the sum onto the ball of radius rho.
 
     Args:
-        objective: the loss L at the weights w, which are put back.
+        objective: the loss L at the weights w, which are restored.
         rho: radius of the neighbourhood, > 0. Default: 0.05.
-        steps: of the ascent, >= 1; each takes a gradient and a loss. Default: 1.
+        steps: ascent steps, >= 1; each takes a gradient and a loss. Default: 1.
 
     Raises:
         Unfinished: a gradient is not finite, or the time is over.
@@ -78,10 +78,10 @@ def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> fl
 
 
 def _project(params: Sequence[Tensor], centre: Sequence[Tensor], rho: float) -> None:
-    """Move the weights onto the ball of radius rho around the centre if they are outside of it."""
+    """Project the weights onto the ball of radius rho around the centre if they lie outside of it."""
     away = list(torch._foreach_sub(list(params), list(centre)))
     length = global_norm(away)
-    # What one step from the centre has made longer by rounding alone is left as it is.
+    # The tolerance leaves a first step alone, which is longer than rho by rounding only: it is SAM's own e.
     if length > rho * (1 + 1e-6):
         copy_into(params, centre)
         torch._foreach_add_(list(params), away, alpha=rho / length)
@@ -90,13 +90,13 @@ def _project(params: Sequence[Tensor], centre: Sequence[Tensor], rho: float) -> 
 def asam_sharpness(objective: Objective, rho: float = 0.5, eta: float = 0.01) -> float:
     """Return adaptive sharpness: the largest `L(w + e) - L(w)` with `||e / T|| <= rho` (Kwon et al. 2021).
 
-    T is as in `ASAMPerturbation`. As in `sam_sharpness` the one step of the method's own ascent gives a
-    lower bound of the maximum.
+    T is as in `ASAMPerturbation`. As in `sam_sharpness` the result is a lower bound of the maximum, from the
+    one step of ASAM's own ascent.
 
     Args:
-        objective: the loss L at the weights w, which are put back.
+        objective: the loss L at the weights w, which are restored.
         rho: radius of the neighbourhood, > 0. Default: 0.5.
-        eta: keeps small weights from standing still, >= 0. Default: 0.01.
+        eta: added to `|w|`, so that weights near zero are displaced too, >= 0. Default: 0.01.
 
     Raises:
         Unfinished: the gradient is not finite, or the time is over.
@@ -115,15 +115,15 @@ def asam_sharpness(objective: Objective, rho: float = 0.5, eta: float = 0.01) ->
 def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1) -> float:
     """Return m-sharpness: the mean of SAM's sharpness over disjoint groups of m samples each.
 
-    (Foret et al. 2021, section 4.1.) Every group has its own loss and its own ascent. As that is a lower
-    bound of the group's maximum (see `sam_sharpness`), so is the mean. Groups are taken in the order of the
-    samples; those that are left over at the end, fewer than m, are in none. Each rank has groups of its own.
+    (Foret et al. 2021, section 4.1.) Every group has its own loss and its own ascent. Each ascent gives a
+    lower bound of its group's maximum (see `sam_sharpness`), hence the mean is a lower bound too. Groups are
+    taken in the order of the samples; the last, smaller group is dropped. Each rank forms its own groups.
 
     Args:
-        objective: the samples and the weights, which are put back.
+        objective: has the samples, and the weights, which are restored.
         m: samples in a group, >= 1.
         rho: radius of the neighbourhood, > 0. Default: 0.05.
-        steps: of each ascent, >= 1. Default: 1.
+        steps: ascent steps, >= 1. Default: 1.
 
     Raises:
         Unfinished: there are fewer than m samples on every rank, a gradient is not finite, or the time is
@@ -144,7 +144,7 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1)
     if objective.shared and several():
         dist.all_reduce(most, dist.ReduceOp.MAX)
     found = torch.zeros(2, dtype=torch.float64, device=device)
-    for i in range(int(most)):  # the same number of ticks on every rank
+    for i in range(int(most)):  # every tick is a collective: the same number on every rank
         objective.tick()
         if i < len(groups):
             found += found.new_tensor([_or_nan(groups[i], rho, steps), 1.0])
@@ -158,7 +158,10 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1)
 
 
 def _or_nan(group: Objective, rho: float, steps: int) -> float:
-    """A group's sharpness: a rank does not stop alone, as the others would wait for it."""
+    """Return a group's sharpness, or NaN if it is unfinished.
+
+    A group belongs to one rank. If that rank raised, the others would wait for it in the sum over ranks.
+    """
     try:
         return sam_sharpness(group, rho, steps)
     except Unfinished:
@@ -171,14 +174,14 @@ def average_sharpness(
     """Return the mean of `L(w + rho * z / ||z||) - L(w)` over random directions, z Gaussian.
 
     (As SASSHA's paper measures it: Shin et al. 2025, arXiv 2502.18153.) To second order it is
-    `rho^2 / 2 * trace(H) / size`. Every direction is taken with its opposite, which has the same mean and
-    cancels what the gradient does, the larger part of the spread.
+    `rho^2 / 2 * trace(H) / size`. Every direction is averaged with its opposite. That leaves the mean
+    unchanged and cancels the gradient's contribution, the larger part of the variance.
 
     Args:
-        objective: the loss L at the weights w, which are put back.
+        objective: the loss L at the weights w, which are restored.
         rho: length of the displacement, > 0. Default: 0.05.
-        directions: how many, >= 2; two losses each. Default: 10.
-        seed: of the directions. Default: 0.
+        directions: the number of directions, >= 2; two losses each. Default: 10.
+        seed: determines the directions. Default: 0.
 
     Raises:
         Unfinished: the time is over.

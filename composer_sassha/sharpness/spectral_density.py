@@ -16,21 +16,21 @@ from composer_sassha.sharpness.objective import Objective
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A quadrature of the Hessian's spectral density: points, and the share of the eigenvalues at each.
+    """A quadrature of the Hessian's spectral density: points, and the fraction of eigenvalues at each.
 
     Args:
-        eigenvalues: the points, of all probes together, [points].
-        weights: their shares, which add up to 1, [points].
+        eigenvalues: the points of all probes, [points].
+        weights: the fractions, which add up to 1, [points].
     """
 
     eigenvalues: NDArray[np.float64]
     weights: NDArray[np.float64]
 
     def density(self, at: NDArray[np.float64], width: float) -> NDArray[np.float64]:
-        """Return the density, every point smoothed to a Gaussian (Ghorbani et al. 2019, section 2).
+        """Return the density, with every point smoothed to a Gaussian (Ghorbani et al. 2019, section 2).
 
         Args:
-            at: where, [n].
+            at: the positions, [n].
             width: standard deviation of the Gaussians, > 0.
 
         Example:
@@ -47,17 +47,17 @@ class Spectrum:
 def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int = 0) -> Spectrum:
     """Estimate the density of the Hessian's eigenvalues (Ghorbani et al. 2019, arXiv 1901.10159).
 
-    For each probe v, a Rademacher vector of length 1, Lanczos gives a tridiagonal matrix; its eigenvalues,
-    with the squared first entries of its eigenvectors as shares, are the Gauss quadrature of v's density:
-    every polynomial of degree 2 * steps - 1 or less is integrated exactly. The mean over probes estimates
-    the whole density; a single large eigenvalue has a share of about 1 / size.
+    For each probe v, a Rademacher vector of length 1, Lanczos gives a tridiagonal matrix. Its eigenvalues,
+    weighted by the squared first entries of its eigenvectors, are the Gauss quadrature of v's density: they
+    integrate every polynomial of degree 2 * steps - 1 or less exactly. The mean over probes estimates the
+    whole density; a single large eigenvalue has a weight of about 1 / size.
 
     Args:
-        objective: of which the Hessian is taken.
-        steps: of Lanczos for each probe, >= 1; the cost is one product each, and so many vectors in memory,
-            as all of them are kept orthogonal. Default: 80.
-        probes: how many, >= 1. Default: 4.
-        seed: of the probes. Default: 0.
+        objective: has the Hessian.
+        steps: Lanczos steps for each probe, >= 1; each costs one product and one vector in memory, since all
+            vectors are kept orthogonal. Default: 80.
+        probes: the number of probes, >= 1. Default: 4.
+        seed: determines the probes. Default: 0.
 
     Raises:
         SettingError: an operation of the model has no second derivative.
@@ -79,8 +79,8 @@ def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int =
         for probe in range(probes):
             start = flatten(rademacher(objective.params, (seed, probe)), like=objective.params)
             found.append(quadrature(product, start, steps))
-        points, shares = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return Spectrum(points, shares / probes)
+        points, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Spectrum(points, weights / probes)
 
     return led(objective, solve)
 
@@ -88,33 +88,33 @@ def spectrum(objective: Objective, steps: int = 80, probes: int = 4, seed: int =
 def quadrature(
     product: Product, start: Tensor, steps: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Run Lanczos from a vector; return the points of its quadrature and their shares, each [steps or fewer].
+    """Run Lanczos from a vector; return the points and weights of its quadrature, each [steps or fewer].
 
     Args:
         product: a symmetric matrix times a vector.
-        start: the vector; its length does not matter.
-        steps: at most so many; fewer where the matrix leaves what the vectors so far span unchanged.
+        start: the vector, of any length.
+        steps: the largest number of steps; Lanczos stops earlier once its vectors span an invariant subspace.
     """
     from scipy.linalg import eigh_tridiagonal
 
     steps = min(steps, len(start))
     basis = start.new_empty(steps, len(start))
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     vector = start / torch.linalg.vector_norm(start)
     for step in range(steps):
         basis[step] = vector
         image = product(vector)
         diagonal.append(torch.dot(image, vector).item())
-        # Against all vectors before, and twice: rounding would let copies of found eigenvalues appear.
+        # Orthogonalize against all vectors so far, and twice: else rounding brings copies of eigenvalues.
         so_far = basis[: step + 1]
         for _ in range(2):
             image = image - so_far.T @ (so_far @ image)
         length = torch.linalg.vector_norm(image).item()
-        size = max(map(abs, [*diagonal, *beside]))
+        size = max(map(abs, [*diagonal, *off_diagonal]))
         if length <= torch.finfo(image.dtype).eps * size or step == steps - 1:
             break
-        beside.append(length)
+        off_diagonal.append(length)
         vector = image / length
-    values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(beside))
+    values, vectors = eigh_tridiagonal(np.array(diagonal), np.array(off_diagonal))
     return values, vectors[0] ** 2

@@ -202,7 +202,7 @@ def looksam(loss, w, now, rho, alpha, interval):
 
 
 def esam(loss, w, now, rho, beta, gamma, seed):
-    """arXiv 2110.03141: a share beta of e, on the ceil(gamma n) samples whose loss rises most."""
+    """arXiv 2110.03141: a fraction beta of e, on the ceil(gamma n) samples whose loss rises most."""
     g = loss.gradient(w)
     mask = dict(zip(w, bernoulli(list(w.values()), beta, (seed, now.step, 0)), strict=True))
     there = {n: w[n] + rho / beta * mask[n] * g[n] / length(g) for n in w}

@@ -203,9 +203,9 @@ def test_the_averaged_first_batch_brings_no_warning(monkeypatch):
     (sam,) = run.state.algorithms
     run.state.optimizers[0].metrics["grad_norm"] = 1.0
     run.state.auto_microbatching = True
-    sam._say_if_synchronized(run.state)
+    sam._warn_if_synchronized(run.state)
     with pytest.warns(UserWarning, match="all ranks perturb along the same gradient"):
-        sam._say_if_synchronized(run.state)
+        sam._warn_if_synchronized(run.state)
     run.close()
 
 

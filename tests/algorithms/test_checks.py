@@ -84,7 +84,7 @@ def test_combinations_that_cannot_train(optimizer, algorithms, message):
 
 @pytest.mark.filterwarnings("ignore:SAM has known issues")
 def test_composers_own_sam_beside_ours():
-    with pytest.raises(ValueError, match=r"composer.algorithms.SAM cannot run beside"):
+    with pytest.raises(ValueError, match=r"composer.algorithms.SAM cannot run together with"):
         trainer(sgd, [composer.algorithms.SAM(), SAM()])
 
 

@@ -1,4 +1,4 @@
-"""Beside Composer's other algorithms: what works, what is refused, and what exactly happens."""
+"""Our methods together with Composer's other algorithms: what works, what is refused, and what results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +106,7 @@ def sentences():
 
 @dataclass(frozen=True)
 class Companion:
-    """One of Composer's algorithms, a model that it has an effect on, and whether it can be saved at all."""
+    """One of Composer's algorithms, a model that it changes, and whether such a run resumes bit for bit."""
 
     name: str
     algorithms: Callable[[], list[Algorithm]]
@@ -204,8 +204,8 @@ REFUSING = {
 }
 
 
-def beside(method, companion):
-    """The method, with what ESAM has to be told about batches that are dictionaries."""
+def adapted(method, companion):
+    """Return the method, with the settings that ESAM needs for batches that are dictionaries."""
     if method.name == "esam" and companion.data is sentences:  # one loss a token: nothing to select by
         return Method("esam", sgd, lambda: [ESAM(rho=0.1, gamma=1.0)])
     return method
@@ -230,8 +230,8 @@ CHANGED = (*REFUSED, "label_smoothing", "selective_backprop", "ema", "layer_free
 IN_ONE_PASS = ("ema", "swa", "layer_freezing", "factorize", "norms_after_load")
 
 
-def beside_each():
-    """Every method and companion; slow where another cell shows the same."""
+def pairs():
+    """Yield every method with every companion, slow where another pair shows the same."""
     for companion in COMPANIONS:
         for method in METHODS:
             by_default = (
@@ -243,14 +243,14 @@ def beside_each():
             yield pytest.param(method, companion, id=f"{method}-{companion}", marks=marks)
 
 
-@pytest.mark.parametrize(("method", "companion"), beside_each())
-def test_trains_beside_it_and_resumes_in_mid_epoch(method, companion, tmp_path):
+@pytest.mark.parametrize(("method", "companion"), pairs())
+def test_trains_with_a_companion_and_resumes_in_mid_epoch(method, companion, tmp_path):
     if method.name in REFUSING and companion.name in REFUSED:
         with pytest.raises(ValueError, match=REFUSING[method.name]) as error:
             companion.trainer(method)
         assert "\n" not in str(error.value)
         return
-    method = beside(method, companion)
+    method = adapted(method, companion)
     losses = InMemoryLogger()
     # EMA leaves its weights in the model where a checkpoint is due: let one be due in both runs.
     saving = {"save_interval": "3ba", "save_filename": "ba{batch}.pt"} if companion.resumes else {}
@@ -452,7 +452,7 @@ def test_gradient_clipping_clips_every_pass(kind):
     assert len(norms) == {MSAM: 4, LookSAM: 6}.get(kind, 8)
     assert max(norms) < threshold * 1.001 and min(norms) > threshold * 0.98
     updates = [(end - start).norm() / lr for start, end in zip(weights[::2], weights[1::2], strict=True)]
-    if kind in (GSAM, LookSAM):  # these add to the clipped gradient a share alpha of another one
+    if kind in (GSAM, LookSAM):  # these add to the clipped gradient a fraction alpha of another one
         assert threshold * 1.01 < max(updates) <= threshold * (1 + alpha[kind]["alpha"])
     else:
         assert max(updates) < threshold * 1.001
@@ -544,7 +544,7 @@ GYRO = Companion("gyro_dropout", lambda: [others.GyroDropout(0.2, sigma=4, tau=4
     ],
     ids=str,
 )
-def test_gyro_dropout_beside_a_second_forward_is_refused(method):
+def test_gyro_dropout_with_a_second_forward_is_refused(method):
     with pytest.raises(ValueError, match=r"GyroDropout counts forward passes.*; leave it out, or") as error:
         GYRO.trainer(method)
     assert "\n" not in str(error.value)
@@ -561,7 +561,7 @@ def test_gyro_dropout_beside_a_second_forward_is_refused(method):
     ],
     ids=["msam", "msassha"],
 )
-def test_gyro_dropout_beside_one_pass_works(plain, ours):
+def test_gyro_dropout_with_one_pass_works(plain, ours):
     ends = []
     for method in (plain, ours):
         run = GYRO.trainer(method)

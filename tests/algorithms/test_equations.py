@@ -172,7 +172,7 @@ CASES = [
     ),
     Case("adahessian", ADAHESSIAN, eq.nothing, lambda: [LazyHessian(1, seed=2)], refresh=(1, 2)),
     Case("sophia", SOPHIA, eq.nothing, lambda: [LazyHessian(4, seed=3)], refresh=(4, 3)),
-    # What nobody has published
+    # Unpublished combinations
     Case(
         "adahessian every 3, sam every 3",
         ADAHESSIAN,

@@ -1,4 +1,4 @@
-"""The estimators through the Trainer: what they find, what they cost, and that nobody else notices."""
+"""The estimators through the Trainer: what they find, what they cost, and that they leave no trace."""
 
 import contextlib
 from collections import OrderedDict
@@ -154,7 +154,7 @@ def test_a_quarter_of_the_batch_costs_a_quarter(
 
 @pytest.mark.usefixtures("float64")
 @each_estimator
-def test_beside_esam_every_selected_sample_weighs_the_same(name):
+def test_with_esam_every_selected_sample_weighs_the_same(name):
     model, parts = smooth(), []
 
     def look(event, state, passes):
