@@ -99,7 +99,7 @@ def test_the_kinds_of_steps_without_a_hessian(algorithms: list, expected: dict[K
         ([LazyHessian(4)], {Kind(False, True): 1, Kind(): 3}),
         ([Sassha(0.1)], {Kind(True, True): 1, Kind(True): 9}),
         (
-            [Sassha(0.1, interval=2, hessian_interval=3)],
+            [SAM(0.1, interval=2), LazyHessian(3)],
             {Kind(True, True): 1, Kind(True): 2, Kind(False, True): 1, Kind(): 2},
         ),
         ([MSassha(0.1, interval=2, hessian_interval=2)], {Kind(True, True): 1, Kind(): 1}),

@@ -8,130 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Algorithm, Event
+from composer.core import Event
 from composer.models import ComposerClassifier
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from composer_sassha import (
-    ASAM,
-    ESAM,
-    GSAM,
-    MSAM,
-    SAM,
-    SASSHA,
-    SSAM,
-    USAM,
-    AdaHessian,
-    LazyHessian,
-    LookSAM,
-    Sassha,
-    SharpnessAwareOptimizer,
-    ignore_own_entries,
-)
+from composer_sassha import SAM, SASSHA, AdaHessian, LazyHessian, SharpnessAwareOptimizer
 from composer_sassha.common.sharding import local
 from composer_sassha.curvature import LazyCurvature, rademacher
 from composer_sassha.curvature.gauss_newton import draw_labels
 from composer_sassha.perturbations import SAMPerturbation
-from tests.distributed.launch import run_checks, without_metrics
-from tests.helpers import Injected, Spy, assert_same, copied, images, trainer
-from tests.methods import adahessian, adamw, sassha, sgd, sophia
+from tests.distributed.launch import run_checks
+from tests.distributed.sharded_checkpoints import (
+    ACROSS,
+    CHANGES,
+    KINDS,
+    RESUMED,
+    changes,
+    loads,
+    resumes,
+    save,
+)
+from tests.distributed.sharded_runs import PERTURBED, build, dataset, everything, network, whole
+from tests.helpers import Injected, Spy, assert_same
+from tests.methods import sassha, sgd
 
-# Of the perturbations, those that take it are told to average the gradient at w.
-PERTURBED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
-    "sam": (sgd, lambda: [SAM(0.1, sync_ascent=True)]),
-    "sam_inf": (sgd, lambda: [SAM(0.01, p=float("inf"), sync_ascent=True)]),
-    "sam_every_2": (adamw, lambda: [SAM(0.1, interval=2, sync_ascent=True)]),
-    "sam_partial": (sgd, lambda: [SAM(0.1, ascent_fraction=0.5, sync_ascent=True)]),
-    "asam": (adamw, lambda: [ASAM(0.3, sync_ascent=True)]),
-    "gsam": (sgd, lambda: [GSAM(0.1, 0.05, alpha=0.2, sync_ascent=True)]),
-    "ssam": (sgd, lambda: [SSAM(0.1, sync_ascent=True)]),
-    "usam": (adamw, lambda: [USAM(0.1, renormalize=True, sync_ascent=True)]),
-    "looksam": (sgd, lambda: [LookSAM(0.1, alpha=0.5, interval=2, sync_ascent=True)]),
-    "esam": (sgd, lambda: [ESAM(0.1, beta=1.0, gamma=0.6, sync_ascent=True)]),
-    "msam": (sgd, lambda: [MSAM(0.1)]),
-    "adamw_msam": (adamw, lambda: [MSAM(0.1)]),
-}
-CURVED: dict[str, tuple[Callable, Callable[[], list[Algorithm]]]] = {
-    "sassha": (sassha, lambda: [Sassha(0.1, hessian_interval=2, estimator="gauss_newton", sync_ascent=True)]),
-    "adahessian": (
-        adahessian,
-        lambda: [GSAM(0.1, sync_ascent=True), LazyHessian(2, estimator="finite_difference")],
-    ),
-    "sophia": (sophia, lambda: [MSAM(0.1), LazyHessian(2, estimator="gauss_newton", samples=2)]),
-}
 ESTIMATED = [("gauss_newton", 0.3), ("finite_difference", 0.3), ("finite_difference", 0.0)]
-KINDS = ("sharded", "full")
-RESUMED = ("looksam", "adamw_msam", *CURVED)
-# Saved by so many ranks, loaded by another number.
-ACROSS = ("looksam", "sassha")
-# A checkpoint of the one, continued with the other.
-CHANGES = [("plain", "sam"), ("sam", "plain"), ("plain", "looksam"), ("looksam", "plain")]
-
-
-def network() -> ComposerClassifier:
-    torch.manual_seed(17)
-    dtype = torch.get_default_dtype()
-    net = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
-    )
-    return without_metrics(ComposerClassifier(net.to(dtype), num_classes=3))
-
-
-def dataset(count: int = 40) -> TensorDataset:
-    x, y = images(count).tensors
-    return TensorDataset(x.to(torch.get_default_dtype()), y)
-
-
-def build(
-    optimizer: Callable, algorithms: list[Algorithm], *, shard: str | None = "sharded", **kwargs: Any
-) -> Any:
-    """A Trainer that shards, with checkpoints of one kind or the other, or does not."""
-    sharding = FSDP2Config(state_dict_type=shard, mixed_precision="FULL") if shard else None
-    return trainer(
-        optimizer,
-        algorithms,
-        **{
-            "model": network(),
-            "dataset": dataset(),
-            "device_train_microbatch_size": 3,
-            "parallelism_config": {"fsdp": sharding} if sharding else None,
-            **kwargs,
-        },
-    )
-
-
-def whole(tree: Any) -> Any:
-    """Copy, with sharded tensors put together."""
-    if isinstance(tree, DTensor):
-        return tree.full_tensor().detach().clone()
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [whole(value) for value in tree]
-    return copied(tree)
-
-
-def everything(run: Any) -> Any:
-    """Weights, optimizer state and counters by name."""
-    (optimizer,) = run.state.optimizers
-    names = {p: name.removeprefix("module.module.") for name, p in run.state.model.named_parameters()}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return whole(
-        {
-            "weights": {name.removeprefix("module."): p for p, name in names.items()},
-            "state": {name.removeprefix("module."): optimizer.state[p] for p, name in names.items()},
-            "groups": groups,
-        }
-    )
 
 
 def agrees(name: str) -> None:
-    """Sharded, with evaluations in between, a run takes the steps of data-parallel training."""
+    """Train sharded, with evaluations in between: the steps are those of data-parallel training."""
     make_optimizer, make_algorithms = PERTURBED[name]
     ends = []
     for shard in (None, "sharded"):
@@ -240,78 +149,6 @@ def curvature_agrees(estimator: str, rho: float) -> None:
         error = (found[name] - expected).abs().max()
         assert error <= tolerance, (name, error)
     run.close()
-
-
-def resumes(name: str, kind: str, folder: Path) -> None:
-    """From a checkpoint of either kind, in mid-epoch, a run goes on as if it had not been stopped."""
-    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
-    filename = "ba{batch}/{rank}.pt" if kind == "sharded" else "ba{batch}.pt"
-    saving = {"save_folder": str(folder), "save_filename": filename, "save_interval": "3ba"}
-    run = build(make_optimizer, make_algorithms(), shard=kind, **saving)
-    run.fit()
-    expected = everything(run)
-    run.close()
-    resumed = build(make_optimizer, make_algorithms(), shard=kind, load_path=checkpoint(folder, kind))
-    assert resumed.state.timestamp.batch == 3
-    resumed.fit()
-    assert_same(expected, everything(resumed))
-    resumed.close()
-
-
-def save(name: str, folder: Path) -> None:
-    """Train for three batches, and leave the checkpoint and what it is to hold."""
-    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
-    saving = {"save_folder": str(folder), "save_filename": "ba{batch}/{rank}.pt", "save_interval": "3ba"}
-    run = build(make_optimizer, make_algorithms(), max_duration="3ba", **saving)
-    run.fit()
-    held = everything(run)
-    if dist.get_global_rank() == 0:
-        torch.save(held, folder / "held.pt")
-    run.close()
-    dist.barrier()
-
-
-def loads(name: str, folder: Path) -> None:
-    """What another number of ranks has saved is loaded whole, and trained on with."""
-    make_optimizer, make_algorithms = {**PERTURBED, **CURVED}[name]
-    (path,) = (folder / "ba3").iterdir()
-    run = build(make_optimizer, make_algorithms(), load_path=str(path), max_duration="4ba")
-    assert run.state.timestamp.batch == 3
-    held = torch.load(folder / "held.pt", weights_only=False)
-    assert_same(held, everything(run))
-    run.fit()
-    assert run.state.optimizers[0].steps_taken == 4
-    run.close()
-
-
-def checkpoint(folder: Path, kind: str) -> str:
-    return str(folder / ("ba3/ep1-ba3" if kind == "sharded" else "ba3.pt"))
-
-
-def changes(before: str, after: str, kind: str, folder: Path) -> None:
-    """A checkpoint of one method goes on under another with the same optimizer, its state with it."""
-    how = {"plain": (sgd, list), **PERTURBED}
-    filename = "ba{batch}/{rank}.pt" if kind == "sharded" else "ba{batch}.pt"
-    saving = {"save_folder": str(folder), "save_filename": filename, "save_interval": "3ba"}
-    run = build(sgd, how[before][1](), shard=kind, max_duration="3ba", **saving)
-    run.fit()
-    saved = everything(run)
-    run.close()
-    changed = build(
-        sgd,
-        how[after][1](),
-        shard=kind,
-        load_path=checkpoint(folder, kind),
-        load_ignore_keys=ignore_own_entries,
-    )
-    loaded = everything(changed)
-    assert_same(saved["weights"], loaded["weights"])
-    for name, state in loaded["state"].items():
-        assert_same(saved["state"][name]["momentum_buffer"], state["momentum_buffer"], name)
-        assert ("looksam_g_v" in state) == (after == "looksam")
-    assert loaded["groups"][0].get("steps_taken") == (None if after == "plain" else 0)
-    changed.fit()
-    changed.close()
 
 
 def an_exception_leaves_the_weights(at_pass: int) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.distributed.launch import assert_passed, launch, launches, selected
-from tests.distributed.sharded import ACROSS, checks_in, loads, main, save
+from tests.distributed.sharded import checks_in, main
+from tests.distributed.sharded_checkpoints import ACROSS, loads, save
 
 # A method's state is the same in either kind of checkpoint, so by default each is resumed from one of them.
 SLOW = {f"resumes[{name}-sharded]" for name in ("adamw_msam", "sophia")}

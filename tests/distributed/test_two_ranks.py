@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import assert_passed, launch, launches, selected
-from tests.distributed.worker import REPLICAS, checks_in, long, main
+from tests.distributed.replicas import REPLICAS, long
+from tests.distributed.worker import checks_in, main
 from tests.methods import METHODS, by_default
 
 SLOW = {f"trains[{method}]" for method in METHODS if not by_default(method)}

@@ -1,6 +1,5 @@
 """The checks that each of two ranks runs once, each with its result in a file. See test_two_ranks.py."""
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,231 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer import Trainer
 from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
-from composer.models import ComposerClassifier, ComposerModel
+from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader
 
-from composer_sassha import GSAM, SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
+from composer_sassha import SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
 from composer_sassha.algorithms.base import methods_of
-from composer_sassha.curvature import rademacher
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
-from tests.algorithms.test_sassha import Separable, scalars
+from tests.distributed.arithmetic import gsam_combines, one_process_agrees, separable
 from tests.distributed.launch import run_checks, without_metrics
-from tests.helpers import (
-    Spy,
-    assert_same,
-    copied,
-    everything,
-    float16_on_cpu,
-    images,
-    method_trainer,
-    network,
-    rng_states,
-    trainer,
+from tests.distributed.replicas import (
+    FAULTS,
+    LONGER,
+    WHAT_KEEPS,
+    Unused,
+    assert_equal_on_all_ranks,
+    replicas,
+    trains,
 )
-from tests.methods import METHODS, MORE, NAMED, Method, sgd
-
-
-def trains(method: Method, folder: Path, steps: int = 12) -> None:
-    """Train on different data, along different perturbations: the replicas stay equal.
-
-    A run that is resumed in mid-epoch, between two refreshes, ends as the uninterrupted one. The special rows
-    are also resumed one batch earlier, as their intervals differ.
-    """
-    batches = (6, 7) if method in MORE else (7,)  # an epoch has four
-
-    def due(state: State, event: Event) -> bool:
-        return event == Event.BATCH_CHECKPOINT and state.timestamp.batch in batches
-
-    def build(**kwargs: Any) -> Trainer:
-        return worker_trainer(method, max_duration=f"{steps}ba", device_train_microbatch_size=7, **kwargs)
-
-    run = build(save_folder=str(folder), save_interval=due, save_filename="ba{batch}.pt")
-    run.fit()
-    assert_replicas(run, steps)
-    expected = everything(run)
-    run.close()
-    for batch in batches:
-        resumed = build(load_path=str(folder / f"ba{batch}.pt"))
-        assert resumed.state.timestamp.batch == batch
-        resumed.fit()
-        assert_same(expected, everything(resumed), f"rank {dist.get_global_rank()}, from batch {batch}")
-        resumed.close()
-
-
-def worker_trainer(method: Method, **kwargs: Any) -> Trainer:
-    return method_trainer(method, **{"model": without_metrics(network()), "dataset": images(80), **kwargs})
-
-
-def replicas(method: Method, steps: int) -> None:
-    """Train on different data, along different perturbations: both ranks hold the same weights."""
-    run = worker_trainer(method, max_duration=f"{steps}ba", device_train_microbatch_size=7)
-    run.fit()
-    assert_replicas(run, steps)
-    run.close()
-
-
-def assert_replicas(run: Trainer, steps: int) -> None:
-    (optimizer,) = run.state.optimizers
-    assert optimizer.steps_taken == steps
-    norms = dist.all_gather_object(optimizer.metrics.get("grad_norm"))
-    assert norms[0] is None or norms[0] != norms[1], "the ranks perturb along their own gradients"
-    assert_equal_on_all_ranks([[*run.state.model.parameters()], optimizer.state_dict()])
-
-
-def replicas_under_overflow(method: Method, steps: int) -> None:
-    """In float16, one rank's gradient overflows now and then, in either pass: both skip, and stay equal."""
-
-    def overflow(event: Event, state: State, passes: int) -> None:
-        batch = int(state.timestamp.batch)
-        due = (passes == 1 and batch % 7 == 3) or (passes == 2 and batch % 5 == 4)
-        if event == Event.AFTER_BACKWARD and dist.get_global_rank() == 1 and due:
-            next(state.model.parameters()).grad.fill_(torch.inf)
-
-    with float16_on_cpu() as settings:
-        run = worker_trainer(method, max_duration=f"{steps}ba", callbacks=[Spy(overflow)], **settings)
-        run.fit()
-    (optimizer,) = run.state.optimizers
-    assert optimizer.skipped_steps > 0 and optimizer.steps_taken + optimizer.skipped_steps == steps
-    assert_equal_on_all_ranks(
-        [[*run.state.model.parameters()], optimizer.state_dict(), run.state.scaler.state_dict()]
-    )
-    run.close()
-
-
-class Sometimes(nn.Module):
-    """A layer that every rank leaves out at random."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(features, features)
-
-    def forward(self, x):
-        return x + self.layer(x) if torch.rand(()) < 0.6 else x
-
-
-def replicas_without_gradients(method: Method, steps: int) -> None:
-    """Leave a layer out at random: one rank, or both, has no gradient for it, other ones in each pass."""
-    model = without_metrics(network())
-    *layers, head = model.module
-    model.module = nn.Sequential(*layers, Sometimes(head.in_features), head)
-    run = trainer(
-        method.optimizer,
-        [*method.algorithms(), Unused()],
-        model=model,
-        dataset=images(80),
-        max_duration=f"{steps}ba",
-    )
-    run.fit()
-    (optimizer,) = run.state.optimizers
-    assert optimizer.steps_taken == steps
-    assert_equal_on_all_ranks([[*run.state.model.parameters()], optimizer.state_dict()])
-    run.close()
-
-
-def assert_equal_on_all_ranks(tree: Any) -> None:
-    mine = copied(tree)
-    for other in dist.all_gather_object(mine):
-        assert_same(mine, other)
-
-
-def recording(model: ComposerModel) -> list:
-    """Have a model remember the microbatches that its loss sees."""
-    seen, loss = [], model.loss
-
-    def recorded(outputs, batch):
-        seen.append(copied(batch))
-        return loss(outputs, batch)
-
-    model.loss = recorded
-    return seen
-
-
-def separable(microbatch: int) -> None:
-    """The diagonal is the mean of the analytic ones at the points that the two ranks have perturbed to."""
-    model = Separable("scalar")
-    seen = recording(model)
-    p, a = model.p.detach().clone(), model.a
-    x = torch.linspace(0.5, 2.0, 20, dtype=torch.float64)
-    run = trainer(
-        lambda params: SASSHA(params, lr=0.1, betas=(0.9, 0.0)),
-        [Sassha(rho=0.3)],
-        model=model,
-        dataset=scalars(20),
-        max_duration="1ba",
-        device_train_microbatch_size=microbatch,
-    )
-    run.fit()
-    (state,) = run.state.optimizers[0].state.values()
-    expected = torch.zeros_like(p)
-    shards = dist.all_gather_object(torch.cat([x for x, _ in seen[: len(seen) // 2]]))  # of the first pass
-    assert torch.equal(torch.cat(shards).sort().values, x)
-    for shard in shards:
-        g = -shard.mean() * a * p.sin()
-        expected += -shard.mean() * a * (p + 0.3 * g / g.norm()).cos() / 2
-    assert (state["exp_hessian"] - expected.abs()).abs().max() <= 1e-12
-    run.close()
-
-
-def one_process_agrees(microbatch: int, uneven: bool = False) -> None:
-    """With a synchronized ascent, two ranks take the step of one process on the whole batch."""
-    x, y = images(20).tensors
-    kwargs = {}
-    if uneven:  # one rank has 6 samples, the other 14
-        mine = slice(0, 6) if dist.get_global_rank() == 0 else slice(6, 20)
-        own = TensorDataset(x[mine].double(), y[mine])
-        sampler = DistributedSampler(own, num_replicas=1, rank=0)
-        kwargs["train_dataloader"] = DataLoader(own, batch_size=len(own), sampler=sampler)
-    torch.manual_seed(17)
-    model = ComposerClassifier(
-        nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.Tanh(), nn.Linear(6, 3)).double(), num_classes=3
-    )
-    seen = recording(model)
-    reference = copy.deepcopy(model.module)
-    w = {name: p.detach() for name, p in reference.named_parameters()}
-    run = trainer(
-        lambda params: SASSHA(params, lr=0.1),
-        [Sassha(rho=0.3, sync_ascent=True)],
-        model=model,
-        dataset=TensorDataset(x.double(), y),
-        max_duration="1ba",
-        device_train_microbatch_size=microbatch,
-        **kwargs,
-    )
-    run.fit()
-
-    # The same by hand, with the probes that each rank and microbatch has drawn.
-    shards = dist.all_gather_object(seen[: len(seen) // 2])
-    pieces = [(rank, k, x, y) for rank, shard in enumerate(shards) for k, (x, y) in enumerate(shard)]
-    total = sum(len(x) for _, _, x, _ in pieces)
-    assert total == 20
-
-    def loss(params, x, y):
-        return nn.functional.cross_entropy(torch.func.functional_call(reference, params, (x,)), y)
-
-    def gradient(params):
-        grads = [torch.func.grad(loss)(params, x, y) for _, _, x, y in pieces]
-        shares = [len(x) / total for _, _, x, _ in pieces]
-        return {n: sum(s * g[n] for s, g in zip(shares, grads, strict=True)) for n in params}
-
-    g = gradient(w)
-    norm = sum((v**2).sum() for v in g.values()).sqrt()
-    displaced = {n: w[n] + 0.3 * g[n] / norm for n in w}
-    g_hat = gradient(displaced)
-    h = {n: torch.zeros_like(v) for n, v in w.items()}
-    for rank, k, x, y in pieces:
-        z = dict(zip(w, rademacher([*w.values()], (0, 0, rank, k, 0)), strict=True))
-        hz = torch.func.jvp(lambda p, x=x, y=y: torch.func.grad(loss)(p, x, y), (displaced,), (z,))[1]
-        h = {n: h[n] + len(x) / total * z[n] * hz[n] for n in h}
-    for name, p in model.module.named_parameters():
-        expected = w[name] - 0.1 * g_hat[name] / (h[name].abs().sqrt() + 1e-4)
-        assert (p - expected).abs().max() <= 1e-9, name
-    run.close()
+from tests.helpers import Spy, assert_same, copied, images, network, rng_states, trainer
+from tests.methods import METHODS, NAMED, Method, sgd
 
 
 def sync_strategies(method: Method) -> None:
@@ -291,63 +88,6 @@ def a_rank_without_a_gradient() -> None:
     run.fit()
     assert_equal_on_all_ranks([*run.state.model.parameters()])
     run.close()
-
-
-def gsam_combines(sync_ascent: bool) -> None:
-    """Each rank combines its own gradients and the results are averaged; or averaged ones are combined."""
-    x, y = images(20).tensors
-    torch.manual_seed(17)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    model = ComposerClassifier(net, num_classes=3)
-    seen = recording(model)
-    reference = copy.deepcopy(net)
-    w = {name: p.detach() for name, p in reference.named_parameters()}
-    run = trainer(
-        lambda params: torch.optim.SGD(params, lr=0.1),
-        [GSAM(rho_max=0.3, alpha=0.5, sync_ascent=sync_ascent)],
-        model=model,
-        dataset=TensorDataset(x.double(), y),
-        max_duration="1ba",
-        device_train_microbatch_size=7,
-    )
-    run.fit()
-
-    shards = dist.all_gather_object([torch.cat(part) for part in zip(*seen[: len(seen) // 2], strict=True)])
-    if sync_ascent:  # the gradients are those of the whole batch
-        shards = [[torch.cat(part) for part in zip(*shards, strict=True)]]
-
-    def gradient(params, shard):
-        def loss(params):
-            return nn.functional.cross_entropy(
-                torch.func.functional_call(reference, params, (shard[0],)), shard[1]
-            )
-
-        return torch.func.grad(loss)(params)
-
-    def inner(a, b):
-        return sum((a[n] * b[n]).sum() for n in a)
-
-    update = {n: torch.zeros_like(v) for n, v in w.items()}
-    for shard in shards:
-        g = gradient(w, shard)
-        g_p = gradient({n: w[n] + 0.3 * g[n] / inner(g, g).sqrt() for n in w}, shard)
-        along = inner(g, g_p) / inner(g_p, g_p)
-        update = {n: update[n] + (g_p[n] - 0.5 * (g[n] - along * g_p[n])) / len(shards) for n in w}
-    for name, p in net.named_parameters():
-        assert (p - (w[name] - 0.1 * update[name])).abs().max() <= 1e-12, name
-    run.close()
-
-
-class Unused(Algorithm):
-    """Has DDP look for parameters that are not used."""
-
-    find_unused_parameters = True
-
-    def match(self, event: Event, state: State) -> bool:
-        return False
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        raise NotImplementedError
 
 
 def a_parameter_that_one_rank_uses(method: Method) -> None:
@@ -474,24 +214,6 @@ def leaves_no_trace(ascent_fraction: float) -> None:
 
 
 STRATEGIC = ("sam_sgd", "gsam_sgd", "looksam_sgd", "sassha")
-# What may tear replicas apart, and the methods that it is tried on. Differences are refused in float16.
-WHAT_KEEPS = {
-    "replicas": replicas,
-    "replicas_under_overflow": replicas_under_overflow,
-    "replicas_without_gradients": replicas_without_gradients,
-}
-REPLICAS = [
-    (check, method)
-    for method in METHODS
-    for check in WHAT_KEEPS
-    if (check, method.name) != ("replicas_under_overflow", "sassha_difference")
-]
-FAULTS = [
-    (check, name)
-    for check in ("replicas_under_overflow", "replicas_without_gradients")
-    for name in ("sam_sgd_every_2", "gsam_adamw", "looksam_sgd", "esam_sgd", "sassha", "msassha")
-]
-LONGER = ("looksam_adamw", "sassha_scheduled")
 
 
 def checks_in(out: Path) -> dict[str, Callable[[], None]]:
@@ -525,9 +247,3 @@ def main(out: Path, names: Sequence[str]) -> None:
         out,
         double=lambda name: name.startswith(("separable", "one_process", "gsam_combines")),
     )
-
-
-def long(out: Path, steps: int) -> None:
-    """Run the checks of equal replicas, for every method and fault."""
-    warnings.simplefilter("ignore")
-    run_checks({f"{check}[{m}]": partial(WHAT_KEEPS[check], m, steps) for check, m in REPLICAS}, out)
