@@ -157,7 +157,13 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     hints, parts = get_type_hints(schema), {}
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)  # as it is for a frozen dataclass
-    for key, value in settings.items():
+    one_by_one = not settings.keys() <= {key for key in known if not is_dataclass(hints[key])}
+    if not one_by_one:
+        try:
+            config.merge_with(settings)  # at once, as each merge takes a millisecond
+        except (OmegaConfBaseException, TypeError):
+            one_by_one = True  # again, to name the key
+    for key, value in settings.items() if one_by_one else ():
         if key not in known:
             takes = ", ".join(known) or "no settings"
             raise ConfigError(
