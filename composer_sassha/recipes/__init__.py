@@ -1,0 +1,1 @@
+"""Recipes: YAML files that describe runs, the parts that they name, and how they are trained."""

@@ -26,6 +26,7 @@ class SGD:
     nesterov: bool = False
 
     def build(self, params: Iterable[Parameter]) -> Optimizer:
+        """Return the optimizer of these parameters."""
         return torch.optim.SGD(params, self.lr, self.momentum, 0.0, self.weight_decay, self.nesterov)
 
 
@@ -39,13 +40,14 @@ class AdamW:
     weight_decay: float = checked(1e-2, at_least(0))
 
     def build(self, params: Iterable[Parameter]) -> Optimizer:
+        """Return the optimizer of these parameters."""
         return torch.optim.AdamW(params, self.lr, self.betas, self.eps, self.weight_decay)
 
 
 OPTIMIZERS: dict[str, type] = {
     "sgd": SGD,
     "adamw": AdamW,
-    # These three need a Hessian: an algorithm `lazy_hessian`, `sassha` or `msassha` beside them.
+    # These three need a Hessian: add the algorithm `lazy_hessian`, `sassha` or `msassha`.
     "sassha": arguments_of(optim.SASSHA, without=["params"]),
     "adahessian": arguments_of(optim.AdaHessian, without=["params"]),
     "sophia": arguments_of(optim.Sophia, without=["params"]),

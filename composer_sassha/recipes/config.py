@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a `Recipe`: one run, every setting checked and filled in."""
+"""Read a YAML file and `key=value` overrides into a `Recipe`: one run, all settings checked."""
 
 import copy
 import inspect
@@ -58,20 +58,20 @@ class Recipe:
     """One run, with every section an instance of the dataclass that is registered under its name.
 
     Args:
-        model: what is trained (`models.MODELS`).
-        data: on what (`data.DATASETS`).
-        optimizer: the update rule (`optimizers.OPTIMIZERS`).
+        model: the model (`models.MODELS`).
+        data: the data set (`data.DATASETS`).
+        optimizer: the update rule (`components.OPTIMIZERS`).
         name: names the folder of the runs.
         method: the row of the recipe that runs.
-        algorithms: Composer algorithms by name (`algorithms.ALGORITHMS`).
+        algorithms: Composer algorithms by name (`components.ALGORITHMS`).
         schedulers: the learning rate schedule (`schedulers.SCHEDULERS`), or None for a constant one.
         schedules: other hyperparameters by name, each with a schedule (`schedulers.SCHEDULES`) whose
             multiplier drives it: `schedules: {rho: {name: cosine, alpha_f: 0.1}}`.
-        callbacks: what watches the training without changing it, by name (`callbacks.CALLBACKS`).
+        callbacks: Composer callbacks by name; they must not change the training (`components.CALLBACKS`).
         baseline: the method that step times are compared with.
-        reported: what the paper reports for this method, of the metric that ranks; a share is in percent.
-        tuning_runs: trainings that its hyperparameters were chosen from, >= 1, or None where that is not
-            known; `compare` warns where methods had different numbers.
+        reported: the paper's number for this method, of the metric that ranks; a fraction is in percent.
+        tuning_runs: trainings that its hyperparameters were chosen from, >= 1; None: not known. `compare`
+            warns if methods had different numbers.
         seed: of the initial weights, the order of the data and all other randomness.
         max_duration: length of the training, such as 30ep or 1000ba.
         precision: fp32, or on a GPU amp_bf16 or amp_fp16.
@@ -109,11 +109,11 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        """Where this run writes: `<save_folder>/<name>/<method>/seed<k>`."""
+        """Return the folder of this run: `<save_folder>/<name>/<method>/seed<k>`."""
         return Path(self.save_folder).expanduser() / Path(self.name, self.method, f"seed{self.seed}")
 
     def settings(self) -> dict[str, Any]:
-        """The recipe as plain settings; `load_recipe` makes the same recipe of them."""
+        """Return plain settings, of which `load_recipe` makes the same recipe."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for key, registry in _SECTIONS.items():
             if plain[key] is not None:
@@ -126,7 +126,7 @@ class Recipe:
         return OmegaConf.to_container(OmegaConf.create(plain))  # type: ignore[return-value]  # tuples to lists
 
     def flat_settings(self) -> dict[str, Any]:
-        """The settings by their dotted names, as an override writes them; an empty section is a value.
+        """Return the settings by their dotted names, as an override writes them; an empty section is a value.
 
         >>> load_recipe("digits").flat_settings()["optimizer.name"]
         'sassha'
@@ -159,7 +159,7 @@ _BY_NAME: dict[str, Mapping[str, type]] = {"algorithms": ALGORITHMS, "callbacks"
 
 
 def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a recipe's file: the settings that its methods share, and by name what each of them adds.
+    """Read a recipe's file: the settings common to its methods, and by name those that each adds.
 
     The config.yaml of a run has one method, which is merged already and adds nothing.
 
@@ -230,7 +230,7 @@ def _merge(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
 def _inherited(
     before: dict[str, Any], section: dict[str, Any], registry: Mapping[str, type]
 ) -> dict[str, Any]:
-    """What stays of a section when a later one is merged into it: all of it, unless that has another name."""
+    """Return the part of a section to keep under a later one: all of it, unless the component is another."""
     old, new = before.get("name"), section.get("name")
     if old is None or new is None or old == new:
         return before
@@ -239,7 +239,7 @@ def _inherited(
 
 
 def _owners(schema: type | None) -> dict[str, type]:
-    """Every setting of a component, and the class that declares it: two that inherit it mean the same."""
+    """Return the class that declares each setting of a component: heirs of one class mean the same by it."""
     classes = schema.__mro__[::-1] if schema is not None else ()
     return {key: owner for owner in classes for key in inspect.get_annotations(owner)}
 

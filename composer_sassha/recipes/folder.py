@@ -64,8 +64,8 @@ class RunFolder:
                 f"{self.path}: holds a run that cannot be read ({error}); {_ELSEWHERE}"
             ) from error
         different = _differences(earlier, self._recipe)
-        # With other callbacks it is the same run. But new ones cannot measure what is trained already, so
-        # going on, or finishing, would leave gaps that nobody sees.
+        # With other callbacks it is the same run. But new ones cannot measure what is trained already: going
+        # on would leave gaps in their measurements.
         unmeasured = bool(self._recipe.callbacks) and self._recipe.callbacks != earlier.callbacks
         if (different or unmeasured) and not results.exists() and not any(self.checkpoints.glob("*")):
             return None  # it ended before it had anything to lose
@@ -172,7 +172,7 @@ class RunFolder:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is a file here, or a folder with more than the lock of a run that never began."""
+    """Return whether there is a file here, or a folder with more than the lock of a run that never began."""
     return not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())
 
 

@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def fetched(load: Callable[[], T], what: str, remedy: str) -> T:
-    """What `load` returns, which looks on the hub or in a folder.
+    """Return the result of `load`, which looks on the hub or in a folder.
 
     Args:
-        load: without arguments.
-        what: is loaded, as the recipe's setting.
-        remedy: what to do.
+        load: a function without arguments.
+        what: the recipe's setting for what is loaded.
+        remedy: what the user can do.
 
     Raises:
         ValueError: it cannot be loaded; the message, of one line, has the reason and the remedy.
@@ -39,20 +39,20 @@ def fetched(load: Callable[[], T], what: str, remedy: str) -> T:
 
 
 def pretrained(from_pretrained: Callable[..., T], setting: str, name: str, **settings: Any) -> T:
-    """What a class of transformers finds under a name or in a folder.
+    """Load something of transformers by name or from a folder.
 
     Args:
-        from_pretrained: of the class.
+        from_pretrained: the method of the class.
         setting: the recipe's key that holds the name, for messages.
-        name: of a repository on the hub, or a folder.
+        name: a repository on the hub, or a folder.
         settings: more arguments of `from_pretrained`.
 
     Raises:
-        ValueError: it cannot be loaded; the message says how to get it.
+        ValueError: it cannot be loaded; the message has how to get it.
     """
-    folder = Path(os.path.expanduser(name))  # which leaves a home that nobody has as it is
+    folder = Path(os.path.expanduser(name))  # leaves an unknown user's home as it is
     if folder.is_dir():
-        remedy = "the folder has to hold what save_pretrained writes, of a model like the recipe's"
+        remedy = "the folder must hold what save_pretrained writes, of a model like the recipe's"
         return fetched(lambda: from_pretrained(str(folder), **settings), f"{setting}={name}", remedy)
     download = f"`huggingface-cli download {name} --local-dir FOLDER` fetches it for {setting}=FOLDER"
     return fetched(

@@ -1,4 +1,4 @@
-"""What a run is measured by: the metrics that a model can have, and which of them ranks the methods."""
+"""The metrics that a model can have, and which of them ranks the methods."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +15,7 @@ class Metric:
             metrics.jsonl.
         name: its key in results.json.
         best: `max` or `min`.
-        percent: it is a share, shown in percent; the files have it as in [0, 1].
+        percent: it is a fraction in [0, 1], shown in percent.
         digits: shown after the point.
 
     >>> METRICS["MulticlassAccuracy"].text(0.9972), METRICS["LanguagePerplexity"].text(5.25)
@@ -30,20 +30,20 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What it is multiplied by to be shown in a table or a plot."""
+        """Return the factor between the files and what a table or a plot shows."""
         return 100.0 if self.percent else 1.0
 
     @property
     def label(self) -> str:
-        """Its name with the unit, for a column or an axis."""
+        """Return the name with the unit, for a column or an axis."""
         return self.name + ", %" * self.percent
 
     def text(self, value: float) -> str:
-        """Name and value in a sentence."""
+        """Return name and value for a sentence."""
         return f"{self.name} {value:.{self.digits}{'%' if self.percent else 'f'}}"
 
     def logged(self, heldout: str) -> str:
-        """Its key in metrics.jsonl, for the part of the data that was held out."""
+        """Return the key in metrics.jsonl for the held-out part of the data."""
         return f"metrics/{heldout}/{self.torchmetric}"
 
 
@@ -64,7 +64,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def ranked(torchmetrics: Iterable[str]) -> tuple[Metric, ...]:
-    """The metrics of these classes, the one that ranks first.
+    """Return the metrics of these classes, the one that ranks first.
 
     >>> [metric.name for metric in ranked(["CrossEntropy", "MulticlassAccuracy"])]
     ['accuracy', 'loss']
@@ -74,7 +74,7 @@ def ranked(torchmetrics: Iterable[str]) -> tuple[Metric, ...]:
 
 
 def metrics_of(results: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The metrics of a finished run, from its results.json; the first ones written did not say which."""
+    """Return the metrics of a finished run, from its results.json; those of early versions lack the list."""
     return ranked(results.get("metrics", ("MulticlassAccuracy", "CrossEntropy")))
 
 

@@ -27,6 +27,7 @@ class Constant:
     t_warmup: str = checked("0ba", _time)
 
     def build(self) -> ComposerScheduler:
+        """Return Composer's scheduler."""
         return ConstantWithWarmupScheduler(**asdict(self))
 
 
@@ -40,6 +41,7 @@ class Linear:
     t_max: str = checked("1dur", _time)
 
     def build(self) -> ComposerScheduler:
+        """Return Composer's scheduler."""
         return LinearWithWarmupScheduler(**asdict(self))
 
 
@@ -52,6 +54,7 @@ class Cosine:
     t_max: str = checked("1dur", _time)
 
     def build(self) -> ComposerScheduler:
+        """Return Composer's scheduler."""
         return CosineAnnealingWithWarmupScheduler(**asdict(self))
 
 
@@ -64,6 +67,7 @@ class MultiStep:
     t_warmup: str = checked("0ba", _time)
 
     def build(self) -> ComposerScheduler:
+        """Return Composer's scheduler."""
         return MultiStepWithWarmupScheduler(**asdict(self))
 
 
@@ -74,6 +78,7 @@ class FollowLR:
     alpha_f: float = checked(0.0, at_least(0))
 
     def build(self) -> ComposerScheduler:
+        """Return Composer's scheduler."""
         return composer_sassha.FollowLR(self.alpha_f)
 
 
@@ -84,5 +89,5 @@ SCHEDULERS: dict[str, type] = {
     "multi_step": MultiStep,
 }
 
-# What can drive another hyperparameter than the learning rate.
+# Those that can drive another hyperparameter than the learning rate.
 SCHEDULES: dict[str, type] = {**SCHEDULERS, "follow_lr": FollowLR}

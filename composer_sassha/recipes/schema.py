@@ -1,6 +1,6 @@
 """Typed settings: a dataclass is the schema of one part of a recipe, and `parse` checks settings against it.
 
-OmegaConf checks the types. What a type cannot say (a range, a list of choices) stands in the field itself:
+OmegaConf checks the types. A range or a list of choices stands in the field itself:
 
     lr: float = checked(0.1, at_least(0))
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def checked(default: Any, check: Check) -> Any:
-    """A dataclass field whose value must pass `check`, which raises ValueError with the reason otherwise.
+    """Make a dataclass field whose value must pass `check`, which raises ValueError with the reason.
 
     Pass `dataclasses.MISSING` as the default of a field that every recipe must set.
     """
@@ -31,7 +31,7 @@ def checked(default: Any, check: Check) -> Any:
 def arguments_of(built: type, without: Collection[str] = ()) -> type:
     """Make the schema of a class from its constructor: the same arguments, types and defaults.
 
-    What a value must be beside its type, the constructor says when `build` calls it.
+    The constructor checks the values when `build` calls it.
 
     Args:
         built: the class, with type hints on its constructor.
@@ -55,12 +55,12 @@ def arguments_of(built: type, without: Collection[str] = ()) -> type:
 
 
 def _as_known(hint: Any) -> Any:
-    """The type that OmegaConf knows for a sequence of any kind."""
+    """Return the type that OmegaConf knows for a sequence of any kind."""
     return tuple[get_args(hint)[0], ...] if get_origin(hint) is Sequence else hint  # type: ignore[misc]
 
 
 def at_least(low: float) -> Check:
-    """The value must be `low` or more."""
+    """Return a check: the value must be `low` or more."""
 
     def check(value: float) -> None:
         if not value >= low:  # written so that NaN fails as well
@@ -70,7 +70,7 @@ def at_least(low: float) -> Check:
 
 
 def above(low: float) -> Check:
-    """The value must be more than `low`."""
+    """Return a check: the value must be more than `low`."""
 
     def check(value: float) -> None:
         if not value > low:
@@ -79,14 +79,14 @@ def above(low: float) -> Check:
     return check
 
 
-def share(value: float) -> None:
-    """A check: the value must be in (0, 1]."""
+def fraction(value: float) -> None:
+    """Check that the value is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError("must be in (0, 1]")
 
 
 def within(low: float, high: float) -> Check:
-    """Every number must be in [low, high); the value is a number or a list of them."""
+    """Return a check: the value, or every number in a list, must be in [low, high)."""
 
     def check(value: Any) -> None:
         if not all(low <= number < high for number in _each(value)):
@@ -100,7 +100,7 @@ def _each(value: Any) -> Any:
 
 
 def one_of(*choices: str) -> Check:
-    """The value must be one of `choices`."""
+    """Return a check: the value must be one of `choices`."""
 
     def check(value: str) -> None:
         if value not in choices:
@@ -110,7 +110,7 @@ def one_of(*choices: str) -> Check:
 
 
 def time_in(*units: str, positive: bool = True) -> Check:
-    """The value, or every one in a list, must be a Composer time such as 30ep, in one of these units.
+    """Return a check: the value, or each in a list, must be a Composer time such as 30ep in these units.
 
     >>> time_in("ep", "ba")("30 epochs")
     Traceback (most recent call last):
@@ -132,7 +132,7 @@ def time_in(*units: str, positive: bool = True) -> Check:
 
 
 def mapping(settings: Any, where: str) -> dict[str, Any]:
-    """`settings` as a dictionary with string keys, or a ConfigError that names the place."""
+    """Return `settings` as a dictionary with string keys, or raise a ConfigError that names the place."""
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where}: {settings!r} is not a mapping of settings")
     return {str(key): value for key, value in settings.items()}
@@ -142,7 +142,7 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     """Make an instance of the dataclass `schema` from `settings`, with its defaults filled in.
 
     Args:
-        schema: a dataclass; its field types, `checked` fields and `__post_init__` say what is valid. A field
+        schema: a dataclass; its field types, `checked` fields and `__post_init__` check the values. A field
             that is a dataclass itself is made of a mapping in the same way.
         settings: a mapping of field names to values.
         where: the dotted place of the settings in the recipe, for messages; "" is the top level.
@@ -157,7 +157,13 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
     hints, parts = get_type_hints(schema), {}
     config = OmegaConf.structured(schema)
     OmegaConf.set_readonly(config, False)  # as it is for a frozen dataclass
-    for key, value in settings.items():
+    one_by_one = not settings.keys() <= {key for key in known if not is_dataclass(hints[key])}
+    if not one_by_one:
+        try:
+            config.merge_with(settings)  # at once, as each merge takes a millisecond
+        except (OmegaConfBaseException, TypeError):
+            one_by_one = True  # again, to name the key
+    for key, value in settings.items() if one_by_one else ():
         if key not in known:
             takes = ", ".join(known) or "no settings"
             raise ConfigError(
@@ -188,7 +194,7 @@ def parse(schema: type[T], settings: Any, where: str = "", owner: str = "a recip
 
 
 def lookup(registry: Mapping[str, type], name: Any, where: str) -> type:
-    """The schema registered as `name`, or a ConfigError with the nearest name and all of them."""
+    """Return the schema registered as `name`, or raise a ConfigError with the nearest name and all names."""
     if name is None:
         raise ConfigError(f"{where}: not given (there are: {', '.join(registry)})")
     if not isinstance(name, str) or name not in registry:

@@ -34,7 +34,7 @@ def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(folder: Path, method: str, *more: str) -> Recipe:
     """Return a run of two epochs of 5 steps, with a small net."""
-    settings = [f"method={method}", f"save_folder={folder}", "max_duration=2ep", "save_interval=2ba"]
+    settings = [f"method={method}", f"save_folder={folder}", "max_duration=2ep", "save_interval=4ba"]
     small = ["model.width=2", "data.batch_size=256", "progress_bar=false"]
     return load_recipe("digits", [*settings, *small, *more])
 

@@ -255,9 +255,9 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path, monkeypatch: pytest
             ImageFolder(root=str(root)).read()
 
     refused(Path("~nobody-here/images"), "root=~nobody-here/images: .*home")
-    refused(tmp_path / "none", r"none: has to hold train/<class>/ and test/<class>/ \(or val/<class>/\)")
+    refused(tmp_path / "none", r"none: must hold train/<class>/ and test/<class>/ \(or val/<class>/\)")
     (tmp_path / "empty/train").mkdir(parents=True)
-    refused(tmp_path / "empty", "has to hold train")
+    refused(tmp_path / "empty", "must hold train")
     (tmp_path / "empty/test").mkdir()
     refused(tmp_path / "empty", "find any class folder")
     mixed = write_images(tmp_path / "mixed", {"train": (8, 8), "test": (8, 9)})

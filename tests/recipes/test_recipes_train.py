@@ -85,6 +85,6 @@ def test_a_continued_run_sees_the_same_images(
         recipe(name, method, *overrides, f"save_folder={tmp_path / part}") for part in ("whole", "parts")
     )
     train_recipe(whole)
-    stopped(parts, ("batch_end", 2), ("batch_start", 6))
+    stopped(parts, ("batch_start", 6))  # within the second epoch
     train_recipe(parts)
     same_runs(whole, parts)

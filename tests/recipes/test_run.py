@@ -39,7 +39,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
     settings: list[str], whole: Whole, tmp_path: Path
 ) -> None:
     parts = recipe(tmp_path, *settings)
-    stops = [("batch_end", 1), ("batch_start", 4), ("after_train_batch", 7)]
+    stops = [("batch_end", 3), ("batch_start", 5), ("after_train_batch", 7)]
     # Before the first checkpoint nothing of the method is kept, so that one method will do.
     stopped(parts, *(stops if settings == ["sgd"] else stops[-1:]))
     train_recipe(parts)
@@ -47,7 +47,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
 
 
-MONITOR = "{interval: %s, measures: {eigenvalues: 0, trace_samples: 2, m: [], directions: 0}, %s}"
+MONITOR = "{interval: %s, batches: 1, measures: {eigenvalues: 0, trace_samples: 2, m: [], directions: 0}, %s}"
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_stopped_before_the_last_evaluation(whole: Whole, tmp_path: Path) -> Non
 
 def test_a_checkpoint_left_half_written_is_replaced(whole: Whole, tmp_path: Path) -> None:
     parts = recipe(tmp_path, "sgd")
-    stopped(parts, ("batch_end", 3))
-    (parts.folder / "checkpoints" / "ep0-ba4-rank0.pt").write_bytes(b"half")
+    stopped(parts, ("batch_end", 7))
+    (parts.folder / "checkpoints" / "ep1-ba8-rank0.pt").write_bytes(b"half")
     with (parts.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"batch": 4, "ep')
+        file.write('{"batch": 8, "ep')
     train_recipe(parts)
     same_runs(whole("sgd"), parts)
     assert len(list((parts.folder / "checkpoints").glob("ep*.pt"))) == 1
@@ -142,9 +142,9 @@ def test_a_checkpoint_left_half_written_is_replaced(whole: Whole, tmp_path: Path
 
 def test_a_first_checkpoint_left_half_written_is_not_loaded(whole: Whole, tmp_path: Path) -> None:
     parts = recipe(tmp_path, "sgd")
-    stopped(parts, ("batch_end", 3))
+    stopped(parts, ("batch_end", 5))
     checkpoints = parts.folder / "checkpoints"
-    first = checkpoints / "ep0-ba2-rank0.pt"
+    first = checkpoints / "ep0-ba4-rank0.pt"
     first.write_bytes(first.read_bytes()[:-100])
     (checkpoints / "latest-rank0.pt").unlink()  # Composer makes the link when the file is complete
     train_recipe(parts)

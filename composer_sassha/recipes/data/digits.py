@@ -24,9 +24,9 @@ class Digits:
         batch_size: images per step over all ranks together.
         evaluate_on: the held-out part, `test` or `validation`.
         shift: training images are moved at random by up to this many pixels in each direction.
-        label_noise: share of the training labels that are drawn anew from all classes, in [0, 1). The
+        label_noise: fraction of the training labels that are drawn anew from all classes, in [0, 1). The
             held-out images keep theirs, those of the validation split as well.
-        noise_seed: of the noise, which thus does not move with the seed of a run.
+        noise_seed: seed of the noise, independent of the seed of a run.
     """
 
     batch_size: int = checked(128, at_least(1))
@@ -36,6 +36,7 @@ class Digits:
     noise_seed: int = checked(0, within(0, 2**32))
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
+        """Return a loader for training and the evaluator of the held-out split."""
         train, heldout = self.splits()
         collate = _Shift(self.shift, background=float(train.tensors[0].min())) if self.shift else None
         return (
@@ -44,7 +45,7 @@ class Digits:
         )
 
     def splits(self) -> tuple[TensorDataset, TensorDataset]:
-        """The training and the held-out images, standardised by the mean and deviation of the former."""
+        """Return the training and the held-out images, standardised by the former."""
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 

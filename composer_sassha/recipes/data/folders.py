@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from composer_sassha.common.rng import generator
 from composer_sassha.recipes.data.images import InMemoryImages, Split
 from composer_sassha.recipes.data.loading import data_root, eval_loader, hold_out, rank_share, train_loader
-from composer_sassha.recipes.schema import at_least, checked, one_of, share
+from composer_sassha.recipes.schema import at_least, checked, fraction, one_of
 
 _LIMIT = 2**34  # bytes of one split in memory
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,7 +30,7 @@ def class_folders(root: str) -> tuple[datasets.ImageFolder, datasets.ImageFolder
     try:
         held = next((name for name in ("test", "val") if (base / name).is_dir()), None)
         if held is None or not (base / "train").is_dir():
-            raise ValueError(f"root={root}: has to hold train/<class>/ and test/<class>/ (or val/<class>/)")
+            raise ValueError(f"root={root}: must hold train/<class>/ and test/<class>/ (or val/<class>/)")
         train, heldout = datasets.ImageFolder(str(base / "train")), datasets.ImageFolder(str(base / held))
     except OSError as error:  # not there, or not to be read
         raise ValueError(f"root={root}: {error}") from error
@@ -50,7 +50,11 @@ class ImageFolder(InMemoryImages):
     root: str = "~/data/images"
 
     def read(self) -> tuple[Split, Split]:
-        """Raises ValueError where folders are missing, images are too many, or of different sizes."""
+        """Decode all images.
+
+        Raises:
+            ValueError: folders are missing, or the images are too many or of different sizes.
+        """
         train, heldout = class_folders(self.root)
         size = v2.functional.get_size(train[0][0])
         return _decoded(train, size), _decoded(heldout, size)
@@ -93,7 +97,7 @@ class ImageNet:
             training folder.
         crop: pixels on a side of what the model sees, >= 1.
         resize: pixels of the shorter side of a held-out photograph before it is cropped, >= `crop`.
-        min_area: the least share of the photograph's area in a training image, in (0, 1].
+        min_area: the least fraction of the photograph's area in a training image, in (0, 1].
         workers: processes on each rank that read images, >= 0; 0: the training process does.
     """
 
@@ -102,11 +106,11 @@ class ImageNet:
     evaluate_on: str = checked("test", one_of("test", "validation"))
     crop: int = checked(224, at_least(1))
     resize: int = checked(256, at_least(1))
-    min_area: float = checked(0.08, share)
+    min_area: float = checked(0.08, fraction)
     workers: int = checked(8, at_least(0))
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
-        """A loader for training, and the evaluator of the held-out split."""
+        """Return a loader for training and the evaluator of the held-out split."""
         if self.resize < self.crop:
             raise ValueError(f"resize={self.resize} is smaller than crop={self.crop}")
         train, heldout = class_folders(self.root)

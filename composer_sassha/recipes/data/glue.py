@@ -19,9 +19,9 @@ class Task(NamedTuple):
     """A task of GLUE.
 
     Args:
-        columns: with the sentences.
+        columns: the columns with the sentences.
         labels: the names of the classes, in their order; none for a regression.
-        metrics: that the benchmark scores it by.
+        metrics: the metrics that the benchmark scores.
         heldout: the part whose labels are published.
     """
 
@@ -32,7 +32,7 @@ class Task(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Of a model: one for each class, or one for a regression."""
+        """Return the outputs of a model: one for each class, or one for a regression."""
         return len(self.labels) or 1
 
 
@@ -72,11 +72,11 @@ class GLUE:
     max_length: int = checked(128, at_least(8))
 
     def model_settings(self) -> dict[str, Any]:
-        """What the model has to be."""
+        """Return the settings that the model must have."""
         return {"outputs": TASKS[self.task].outputs}
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
-        """A loader for training, and the evaluator of the validation split.
+        """Return a loader for training and the evaluator of the validation split.
 
         Raises:
             ValueError: the data or the tokenizer cannot be had, or is not for this task.
@@ -134,7 +134,7 @@ class GLUE:
 
 
 def _fits(label: Any, task: Task) -> bool:
-    """Whether a column of labels can be this task's: several tasks have the same columns of sentences."""
+    """Return whether a column of labels can be this task's; tasks share names of columns."""
     if names := getattr(label, "names", None):
         return tuple(names) == task.labels
     return str(label.dtype).startswith("int" if task.labels else "float")
@@ -146,7 +146,7 @@ class Tokenize:
 
     Args:
         tokenizer: of transformers.
-        task: says which columns.
+        task: names the columns.
         max_length: tokens of a sample; longer ones are cut, the longer sentence first.
     """
 
@@ -155,6 +155,7 @@ class Tokenize:
     max_length: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch of these rows."""
         sentences = ([row[column] for row in rows] for column in self.task.columns)
         tokens = self.tokenizer(
             *sentences, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"

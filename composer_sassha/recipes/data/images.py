@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from composer_sassha.recipes.data.loading import eval_loader, hold_out, rank_share, subset, train_loader
 from composer_sassha.recipes.errors import did_you_mean
-from composer_sassha.recipes.schema import at_least, checked, one_of, share, within
+from composer_sassha.recipes.schema import at_least, checked, fraction, one_of, within
 
 _POLICIES = {policy.value: policy for policy in v2.AutoAugmentPolicy}
 
@@ -37,12 +37,13 @@ class Split(NamedTuple):
     labels: Tensor
 
     def at(self, index: Tensor) -> "Split":
+        """Return the images at these positions."""
         return Split(self.images[index], self.labels[index])
 
 
 @dataclass
 class InMemoryImages:
-    """What data sets of small images have in common; the base of those that a recipe can name.
+    """Base of the data sets of small images that a recipe can name.
 
     A training image is padded with black and cropped to its size again at random, mirrored at random, and
     standardised by the mean and deviation of each channel over the training split. The random numbers come
@@ -56,12 +57,12 @@ class InMemoryImages:
         padding: pixels of black around a training image before it is cropped, >= 0.
         flip: mirror half of the training images from left to right.
         cutout: side of the square that is cut out of training images (DeVries and Taylor 2017), >= 0.
-        cutout_share: share of the training images that it is cut out of, in (0, 1].
-        auto_augment: AutoAugment's policy (Cubuk et al. 2019): cifar10, svhn or imagenet; None: no
-            such. It is applied image by image on the CPU, which takes most of a millisecond for each.
-        label_noise: share of the training labels that are drawn anew from all classes, in [0, 1). The
+        cutout_share: fraction of the training images that it is cut out of, in (0, 1].
+        auto_augment: AutoAugment's policy (Cubuk et al. 2019): cifar10, svhn or imagenet; None: no policy.
+            It is applied image by image on the CPU, which takes most of a millisecond for each.
+        label_noise: fraction of the training labels that are drawn anew from all classes, in [0, 1). The
             held-out images keep theirs, those of the validation split as well.
-        noise_seed: of the noise, which thus does not move with the seed of a run.
+        noise_seed: seed of the noise, independent of the seed of a run.
         train_size: images to train on, >= 1, the same ones in every run; None: the whole training split.
         image_size: pixels on a side that all images are scaled to when they are read, >= 1; None: as they
             are. Half the size is a quarter of the computation.
@@ -72,7 +73,7 @@ class InMemoryImages:
     padding: int = checked(4, at_least(0))
     flip: bool = True
     cutout: int = checked(0, at_least(0))
-    cutout_share: float = checked(1.0, share)
+    cutout_share: float = checked(1.0, fraction)
     auto_augment: str | None = checked(None, _check_policy)
     label_noise: float = checked(0.0, within(0, 1))
     noise_seed: int = checked(0, within(0, 2**32))
@@ -80,11 +81,11 @@ class InMemoryImages:
     image_size: int | None = checked(None, _check_size)
 
     def read(self) -> tuple[Split, Split]:
-        """The training and the test split, as they are on the disk."""
+        """Return the training and the test split, as they are on the disk."""
         raise NotImplementedError
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
-        """A loader for training, and the evaluator of the held-out split."""
+        """Return a loader for training and the evaluator of the held-out split."""
         train, heldout = self.splits()
         policy = v2.AutoAugment(_POLICIES[self.auto_augment]) if self.auto_augment else None
         mean, std = channel_statistics(train.images)
@@ -97,7 +98,7 @@ class InMemoryImages:
         )
 
     def splits(self) -> tuple[Split, Split]:
-        """The images to train on, their labels with the noise, and those held out."""
+        """Return the images to train on, with noise in their labels, and those held out."""
         train, heldout = self.read()
         classes = int(train.labels.max()) + 1
         if self.evaluate_on == "validation":
@@ -122,12 +123,12 @@ class _Batches(TensorDataset):
 
 
 def with_label_noise(labels: Tensor, classes: int, rate: float, seed: int) -> Tensor:
-    """Draw a share of the labels anew, from all classes alike (symmetric noise), so that some stay the same.
+    """Draw a fraction of the labels anew from all classes (symmetric noise); some stay the same.
 
     Args:
         labels: the true ones.
         classes: how many there are.
-        rate: share of the labels that is drawn anew, rounded down to a number of labels.
+        rate: fraction of the labels that is drawn anew, rounded down to a number of labels.
         seed: which labels, and what they become.
 
     >>> with_label_noise(torch.zeros(8, dtype=torch.int64), classes=10, rate=0.5, seed=0)
@@ -139,7 +140,7 @@ def with_label_noise(labels: Tensor, classes: int, rate: float, seed: int) -> Te
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the deviation of each channel of uint8 images, on a scale from 0 to 1.
+    """Return the mean and the deviation of each channel of uint8 images, on a scale from 0 to 1.
 
     >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
     (tensor([0.5000]), tensor([0.5000]))
@@ -166,7 +167,7 @@ class Augment:
         padding: pixels of black around an image before it is cropped; 0: it is left in place.
         flip: mirror half of the images.
         cutout: side of the square that is replaced by the mean, its centre anywhere in the image; 0: none.
-        cutout_share: share of the images that this is done to.
+        cutout_share: fraction of the images that this is done to.
         policy: applied to every uint8 image.
         device: where the batch goes; by default the one that the Trainer takes.
     """
@@ -181,6 +182,7 @@ class Augment:
     device: Device = field(default_factory=lambda: get_device(None))
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Return the batch, ready for the model."""
         # As bytes, which are a quarter of the numbers that they become. The policy works on the CPU.
         images, labels = batch if self.policy else map(self.device.tensor_to_device, batch)
         if self.padding:
@@ -214,7 +216,7 @@ class Augment:
 
 
 def _span(centre: Tensor, side: int, length: int) -> Tensor:
-    """Which of `length` positions are within `side` of them around each centre."""
+    """Return which of `length` positions are within `side` of them around each centre."""
     first = centre - side // 2
     position = torch.arange(length)
     return (position >= first) & (position < first + side)

@@ -1,4 +1,4 @@
-"""What the data sets share: loaders that divide the batch among the ranks, and the validation split.
+"""Loaders that divide the batch among the ranks, and the validation split.
 
 Shuffling uses Composer's sampler, which a resumed run can put back exactly where it was.
 """
@@ -16,7 +16,7 @@ SPLIT_SEED = 0  # the split belongs to the data set: it must not move with the s
 
 
 def data_root(root: str) -> Path:
-    """The folder that a `root` in a recipe means; a home folder that nobody has is a ValueError.
+    """Return the folder that a `root` in a recipe means; an unknown user's home is a ValueError.
 
     >>> data_root("/data/cifar").as_posix()
     '/data/cifar'
@@ -28,7 +28,7 @@ def data_root(root: str) -> Path:
 
 
 def rank_share(batch_size: int, dataset: Sized) -> int:
-    """This rank's part of a training batch; a batch that cannot be had is a ValueError."""
+    """Return the size of this rank's part of a batch; an impossible batch size is a ValueError."""
     ranks = dist.get_world_size()
     if batch_size % ranks:
         raise ValueError(f"batch_size={batch_size} cannot be divided by {ranks} ranks")
@@ -40,7 +40,7 @@ def rank_share(batch_size: int, dataset: Sized) -> int:
 def train_loader(
     dataset: Dataset, batch_size: int, seed: int, collate: Callable[[Any], Any] | None = None, **settings: Any
 ) -> DataLoader:
-    """Loads this rank's share of each shuffled batch of `batch_size`; the last, incomplete one is dropped.
+    """Load this rank's part of each shuffled batch of `batch_size`; drop the last, incomplete batch.
 
     Args:
         dataset: the training split.
@@ -52,9 +52,9 @@ def train_loader(
     Raises:
         ValueError: `batch_size` cannot be divided by the number of ranks, or is larger than the split.
     """
-    share = rank_share(batch_size, dataset)  # type: ignore[arg-type]  # all of ours have a length
+    size = rank_share(batch_size, dataset)  # type: ignore[arg-type]  # all of ours have a length
     sampler = dist.get_sampler(dataset, drop_last=True, shuffle=True, seed=seed)
-    return DataLoader(dataset, share, sampler=sampler, drop_last=True, collate_fn=collate, **settings)
+    return DataLoader(dataset, size, sampler=sampler, drop_last=True, collate_fn=collate, **settings)
 
 
 def eval_loader(
@@ -63,7 +63,7 @@ def eval_loader(
     collate: Callable[[Any], Any] | None = None,
     **settings: Any,
 ) -> DataLoader:
-    """Loads this rank's share in its order, in batches of `batch_size`; None: in one batch.
+    """Load this rank's part in its order, in batches of `batch_size`; None: in one batch.
 
     Args:
         dataset: the held-out split.
@@ -75,26 +75,26 @@ def eval_loader(
     return DataLoader(dataset, batch_size or len(sampler), sampler=sampler, collate_fn=collate, **settings)
 
 
-def hold_out(labels: Tensor, share: float = 0.1) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, fraction: float = 0.1) -> tuple[Tensor, Tensor]:
     """Split off a part of every class: the indices that stay, and those held out, each in ascending order.
 
     Args:
         labels: the class of each sample.
-        share: of each class, in (0, 1).
+        fraction: of each class, in (0, 1).
 
-    >>> [part.tolist() for part in hold_out(torch.tensor([0, 1, 0, 1]), share=0.5)]
+    >>> [part.tolist() for part in hold_out(torch.tensor([0, 1, 0, 1]), fraction=0.5)]
     [[2, 3], [0, 1]]
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     heldout = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = order[labels[order] == label]
-        heldout[members[: round(share * len(members))]] = True
+        heldout[members[: round(fraction * len(members))]] = True
     return (~heldout).nonzero().flatten(), heldout.nonzero().flatten()
 
 
 def subset(samples: int, size: int) -> Tensor:
-    """Which `size` of a data set's samples are its part, in ascending order; always the same ones.
+    """Return the positions of a fixed part of `size` samples, in ascending order.
 
     Raises:
         ValueError: there are fewer.

@@ -42,12 +42,12 @@ class Text:
     batch_size: int = checked(32, at_least(1))
 
     def model_settings(self) -> dict[str, Any]:
-        """What the model has to be."""
+        """Return the settings that the model must have."""
         size = 256 if self.tokens == "bytes" else len(self.read()[1])
         return {"vocab_size": size, "context": self.context}
 
     def build(self, seed: int) -> tuple[DataLoader, Evaluator]:
-        """A loader for training, and the evaluator of the last tenth.
+        """Return a loader for training and the evaluator of the last tenth.
 
         Raises:
             ValueError: the file is missing, is no text, or is too short.
@@ -67,7 +67,7 @@ class Text:
         )
 
     def read(self) -> tuple[Tensor, list[int]]:
-        """The tokens of the whole file, int64, and the vocabulary: the code points or bytes that they are."""
+        """Return the tokens of the whole file, int64, and the vocabulary: their code points or bytes."""
         return self._content
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The data sets that torchvision reads, and downloads where it is told to."""
+"""The data sets that torchvision reads, and downloads on request."""
 
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +30,11 @@ class TorchvisionImages(InMemoryImages):
     download: bool = False
 
     def read(self) -> tuple[Split, Split]:
-        """Raises ValueError, which says how to get the data set, where it is missing."""
+        """Read both splits.
+
+        Raises:
+            ValueError: the data set is missing; the message has how to get it.
+        """
         root = data_root(self.root)
         try:
             with _downloading(root) if self.download else nullcontext():
@@ -49,13 +53,13 @@ class TorchvisionImages(InMemoryImages):
             raise ValueError(f"root={self.root}: {type(self).__name__} cannot be had: {error}") from error
 
     def split(self, root: str, train: bool) -> Split:
-        """The training or the test split."""
+        """Return the training or the test split."""
         raise NotImplementedError
 
 
 @contextmanager
 def _downloading(root: Path) -> Iterator[None]:
-    """Of several processes the first downloads, and the others wait and find the files there."""
+    """Let one process download while the others wait for its files."""
     root.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=root).close()  # where no file can be made, a lock would be waited for in vain
     with FileLock(root / ".download.lock", timeout=_PATIENCE):
@@ -67,6 +71,7 @@ class CIFAR10(TorchvisionImages):
     """60,000 photographs of 32x32 pixels in 10 classes (Krizhevsky 2009); 10,000 are the test split."""
 
     def split(self, root: str, train: bool) -> Split:
+        """Return the training or the test split."""
         found = datasets.CIFAR10(root, train, download=self.download)
         return Split(torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets))
 
@@ -76,6 +81,7 @@ class CIFAR100(TorchvisionImages):
     """60,000 photographs of 32x32 pixels in 100 classes (Krizhevsky 2009); 10,000 are the test split."""
 
     def split(self, root: str, train: bool) -> Split:
+        """Return the training or the test split."""
         found = datasets.CIFAR100(root, train, download=self.download)
         return Split(torch.from_numpy(found.data).permute(0, 3, 1, 2), torch.tensor(found.targets))
 
@@ -87,6 +93,7 @@ class MNIST(TorchvisionImages):
     flip: bool = False  # a mirrored digit is none
 
     def split(self, root: str, train: bool) -> Split:
+        """Return the training or the test split."""
         found = datasets.MNIST(root, train, download=self.download)
         return Split(found.data[:, None], found.targets)
 
@@ -96,6 +103,7 @@ class FashionMNIST(TorchvisionImages):
     """70,000 grey pictures of clothes, 28x28 pixels, in 10 classes (Xiao et al. 2017); 10,000 to test."""
 
     def split(self, root: str, train: bool) -> Split:
+        """Return the training or the test split."""
         found = datasets.FashionMNIST(root, train, download=self.download)
         return Split(found.data[:, None], found.targets)
 
@@ -110,5 +118,6 @@ class SVHN(TorchvisionImages):
     flip: bool = False  # a mirrored digit is none
 
     def split(self, root: str, train: bool) -> Split:
+        """Return the training or the test split."""
         found = datasets.SVHN(root, "train" if train else "test", download=self.download)
         return Split(torch.from_numpy(found.data), torch.from_numpy(found.labels.astype(np.int64)))

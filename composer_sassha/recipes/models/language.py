@@ -34,30 +34,34 @@ class LabelledTexts(ComposerModel):
         self._loss = loss
 
     def forward(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the outputs of the network, which has no use for the labels."""
         if not isinstance(batch, Mapping):
             raise ValueError("it takes texts, such as those of data.name=glue or data.name=text")
         return self.network(**{name: value for name, value in batch.items() if name != "labels"})
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of the outputs."""
         return self._loss(_predicted(outputs), batch["labels"])
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Return the metrics by name."""
         return {} if is_train else self.metrics
 
     def update_metric(
         self, batch: Mapping[str, Tensor], outputs: Mapping[str, Tensor], metric: Metric
     ) -> None:
+        """Add a batch to a metric."""
         metric.update(_predicted(outputs), batch["labels"])
 
 
 def _predicted(outputs: Mapping[str, Tensor]) -> Tensor:
-    """The logits; of a regression, which has one output, without a dimension for it."""
+    """Return the logits; those of a regression, which has one output, without a dimension for it."""
     logits = outputs["logits"]
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over all labels, of any shape; the logits have one more dimension at their end."""
+    """Return the mean over all labels, of any shape; the logits have one more dimension at their end."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
@@ -78,7 +82,11 @@ class TextClassifier:
     outputs: int = checked(2, at_least(1))
 
     def build(self) -> ComposerModel:
-        """Raises ValueError where the pretrained files cannot be had."""
+        """Return the model.
+
+        Raises:
+            ValueError: the pretrained files cannot be loaded.
+        """
         from transformers import AutoModelForSequenceClassification, SqueezeBertConfig
 
         if self.pretrained is None:
@@ -118,7 +126,11 @@ class GPT:
     dropout: float = checked(0.1, within(0, 1))
 
     def build(self) -> ComposerModel:
-        """Raises ValueError where `heads` does not divide `width`."""
+        """Return the model.
+
+        Raises:
+            ValueError: `heads` does not divide `width`.
+        """
         from transformers import GPT2Config, GPT2LMHeadModel
 
         if self.width % self.heads:

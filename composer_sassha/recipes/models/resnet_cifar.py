@@ -22,6 +22,7 @@ class _Block(nn.Module):
         self.new_channels = channels_out - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after this block."""
         y = F.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
         # Every other pixel, and zeros for the channels that are new.
@@ -35,7 +36,7 @@ class CIFARResNet(nn.Module):
     Args:
         depth: number of layers, 6n + 2 with n >= 1.
         num_classes: number of outputs.
-        width: channels of the first stage; the others have twice and four times as many.
+        width: channels of the first stage; the others have twice and four times that number.
         in_channels: channels of the images.
 
     Raises:
@@ -66,6 +67,7 @@ class CIFARResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images."""
         x = self.blocks(F.relu(self.norm(self.stem(x))))
         return self.head(x.mean(dim=(2, 3)))
 
@@ -80,5 +82,6 @@ class ResNetCIFAR:
     in_channels: int = checked(3, at_least(1))
 
     def build(self) -> ComposerModel:
+        """Return the model."""
         module = CIFARResNet(self.depth, self.num_classes, self.width, self.in_channels)
         return ComposerClassifier(module, num_classes=self.num_classes)

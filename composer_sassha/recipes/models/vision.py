@@ -34,6 +34,7 @@ class Torchvision:
     small_images: bool = False
 
     def build(self) -> ComposerModel:
+        """Return the model."""
         module = torchvision.models.get_model(self.arch, weights=None, num_classes=self.num_classes)
         if self.small_images:
             if not isinstance(module, ResNet):
@@ -78,6 +79,7 @@ class ViT:
     dropout: float = checked(0.0, within(0, 1))
 
     def build(self) -> ComposerModel:
+        """Return the model."""
         if self.image_size % self.patch:
             raise ValueError(f"patch={self.patch} does not divide image_size={self.image_size}")
         layers, heads, hidden = _SIZES[self.size]

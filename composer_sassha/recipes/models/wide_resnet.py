@@ -24,6 +24,7 @@ class _Block(nn.Module):
             self.project = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after this block."""
         y = F.relu(self.norm1(x))
         shortcut = x if self.project is None else self.project(y)
         y = self.dropout(F.relu(self.norm2(self.conv1(y))))
@@ -72,6 +73,7 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of images."""
         x = F.relu(self.norm(self.blocks(self.stem(x))))
         return self.head(x.mean(dim=(2, 3)))
 
@@ -87,4 +89,5 @@ class WRN:
     in_channels: int = checked(3, at_least(1))
 
     def build(self) -> ComposerModel:
+        """Return the model."""
         return ComposerClassifier(WideResNet(**asdict(self)), num_classes=self.num_classes)
