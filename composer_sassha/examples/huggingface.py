@@ -7,6 +7,7 @@ python -m composer_sassha.examples.huggingface
 
 import math
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from composer import Trainer
@@ -21,7 +22,7 @@ from composer_sassha import SAM
 CONTEXT = 64
 
 
-def windows(text: bytes) -> list[dict[str, torch.Tensor]]:
+def windows(text: bytes) -> Any:
     """Cut the text into sequences; the model itself shifts the labels by one."""
     sequences = torch.tensor(list(text)).split(CONTEXT)[:-1]  # the last one is shorter
     return [{"input_ids": sequence, "labels": sequence} for sequence in sequences]

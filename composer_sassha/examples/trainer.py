@@ -17,6 +17,7 @@ from composer_sassha.sharpness import Measures
 
 
 def network() -> nn.Module:
+    """Build a convolution, BatchNorm, a smooth activation and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.SiLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(256, 10),
