@@ -16,6 +16,7 @@ from tests.helpers import images, network, trainer
 CARDS = {
     path.stem: path.read_text(encoding="utf-8")
     for path in Path(composer_sassha.__file__).with_name("algorithms").glob("*.md")
+    if path.stem.islower()  # README and its like are about all of them
 }
 NO_CARD = (
     "SharpnessAwareOptimizer",
@@ -33,6 +34,13 @@ DESCRIBED = {
 
 def test_everything_has_a_card():
     assert set(CARDS) == set(DESCRIBED)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_has_the_sections_of_all_cards(name):
+    headings = re.findall(r"^## (.+)$", CARDS[name], re.MULTILINE)
+    assert {"With other parts", "Use" if name == "schedule" else "Cost"} <= {*headings}
+    assert "**" not in re.sub(r"```.*?```", "", CARDS[name], flags=re.DOTALL)
 
 
 def snippets():
