@@ -50,7 +50,7 @@ def snippets():
                 yield pytest.param(block, id=name)
 
 
-@pytest.mark.parametrize("block", snippets())
+@pytest.mark.parametrize("block", [*snippets()])
 def test_the_snippet_trains(block):
     model = network()
 

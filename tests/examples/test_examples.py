@@ -28,7 +28,7 @@ def test_the_trainer_example_learns_the_digits():
 
 
 def test_the_plain_loop_learns_without_composer():
-    check = "print('composer' in sys.modules, plain_loop.main(epochs=5), file=sys.stderr)"
+    check = "print('composer' in sys.modules, plain_loop.main(epochs=3), file=sys.stderr)"
     code = f"import sys; from composer_sassha.examples import plain_loop; {check}"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     composer_too, accuracy = done.stderr.split()
@@ -38,7 +38,7 @@ def test_the_plain_loop_learns_without_composer():
 @pytest.mark.filterwarnings("ignore:Cannot split tensor of length")
 def test_the_language_model_learns_more_than_nothing():
     huggingface = pytest.importorskip("composer_sassha.examples.huggingface")
-    assert huggingface.main(batches=60) < 60  # a model that knows nothing has 256
+    assert huggingface.main(batches=40) < 70  # a model that knows nothing has 256
 
 
 def sharded(out: Path) -> None:
