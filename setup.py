@@ -1,21 +1,29 @@
 """Packaging: what is installed, with which extras."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+# Read as text: importing the package would import torch.
+INIT = (ROOT / "composer_sassha/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
 # The last three are for comparisons; they come with scikit-learn, torch and Composer.
-demo = ["scikit-learn>=1.4", "matplotlib>=3.8", "scipy>=1.11", "jinja2>=3.1", "tabulate>=0.9"]
+demo = ["scikit-learn>=1.4", "matplotlib>=3.8", "scipy>=1.12", "jinja2>=3.1", "tabulate>=0.9"]
 # What mosaicml 0.32 allows; transformers 4.53 is the last that it does.
 nlp = ["transformers>=4.46,<4.54", "datasets>=2.20,<5"]
 tools = ["ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"]
-dev = [*demo, *nlp, *tools, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
+dev = [*demo, *nlp, *tools, "pytest>=8,<9.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6"]
 
 setup(
     name="composer_sassha",
-    version="0.1.0",
+    version=VERSION[1],
     description="Sharpness-aware and second-order training for MosaicML Composer",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    # Relative links lead nowhere on a package index: only their text is kept.
+    long_description=re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]*\)", r"\1", README),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
@@ -24,7 +32,7 @@ setup(
     package_dir={"composer_sassha.yamls": "yamls"},
     package_data={
         "composer_sassha": ["py.typed", "**/*.md", "**/*.html"],
-        "composer_sassha.yamls": ["*.yaml"],
+        "composer_sassha.yamls": ["*.yaml", "*.md"],
     },
     install_requires=[
         "mosaicml>=0.32,<0.33",
