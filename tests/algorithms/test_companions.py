@@ -243,7 +243,7 @@ def pairs():
             yield pytest.param(method, companion, id=f"{method}-{companion}", marks=marks)
 
 
-@pytest.mark.parametrize(("method", "companion"), pairs())
+@pytest.mark.parametrize(("method", "companion"), list(pairs()))
 def test_trains_with_a_companion_and_resumes_in_mid_epoch(method, companion, tmp_path):
     if method.name in REFUSING and companion.name in REFUSED:
         with pytest.raises(ValueError, match=REFUSING[method.name]) as error:
