@@ -11,7 +11,7 @@ from composer_sassha.recipes.data.images import Split
 from composer_sassha.recipes.run import train_recipe
 from tests.recipes.published import ROWS, recipe, reported_of
 from tests.recipes.runs import same_runs, stopped
-from tests.recipes.test_data import photographs
+from tests.recipes.test_folders import photographs
 
 
 def generated(classes: int, count: int, shape: tuple[int, int, int] = (3, 32, 32)) -> Split:

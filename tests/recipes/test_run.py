@@ -133,6 +133,7 @@ def test_a_checkpoint_left_half_written_is_replaced(whole: Whole, tmp_path: Path
     parts = recipe(tmp_path, "sgd")
     stopped(parts, ("batch_end", 7))
     (parts.folder / "checkpoints" / "ep1-ba8-rank0.pt").write_bytes(b"half")
+    (parts.folder / "checkpoints" / "ep0-ba2-rank0.pt").write_bytes(b"old, and not deleted yet")
     with (parts.folder / "metrics.jsonl").open("a") as file:
         file.write('{"batch": 8, "ep')
     train_recipe(parts)
