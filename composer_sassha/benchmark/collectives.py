@@ -39,6 +39,7 @@ def traffic(
         kind: of the step.
         scaled: whether a gradient scaler looks for overflows, as in amp_fp16.
 
+    >>> import torch
     >>> from composer.models import ComposerClassifier
     >>> model = ComposerClassifier(torch.nn.Linear(3, 2), num_classes=2)
     >>> traffic(torch.optim.SGD(model.parameters(), lr=0.1), model, Kind())[1]

@@ -127,6 +127,8 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
     finally:  # a second Ctrl-C ends the waiting
         for process in processes:
             process.kill()  # no effect on processes that have ended
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def visible_devices(environment: Mapping[str, str], count: int) -> list[str]:
