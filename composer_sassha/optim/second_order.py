@@ -14,6 +14,9 @@ from composer_sassha.common.ranks import any_rank
 from composer_sassha.common.sharding import local, shards_of
 from composer_sassha.common.tensors import as_dtype, wide_dtype
 
+# What shows, in a parameter group, that it can be one of these optimizers'.
+_HYPERPARAMETERS = {"lr", "betas", "eps"}
+
 
 class SecondOrderOptimizer(Optimizer):
     """Keeps the state, checks the arguments and runs a step; a subclass adds the equations of its rule.
@@ -177,6 +180,11 @@ class SecondOrderOptimizer(Optimizer):
         """
         self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            # A checkpoint of an earlier release lacks hyperparameters that came later. `differentiable` is
+            # not ours: torch adds it to the defaults when a state is loaded.
+            for name in self.defaults.keys() - {*group, "differentiable"}:
+                group[name] = self.defaults[name]
         for _, p, state in self._saved_states(state_dict):
             for name in ("exp_avg", self._average):
                 self.state[p][name] = state[name].to(device=p.device, dtype=wide_dtype([p]))
@@ -193,7 +201,7 @@ class SecondOrderOptimizer(Optimizer):
         owner, names = type(self).__name__, {"step", "exp_avg", self._average, "hessian_step"}
         advice = "load the weights alone (in a Trainer: load_weights_only=True)"
         for group in state_dict["param_groups"]:
-            if lacking := sorted({*self.defaults} - {*group}):
+            if lacking := sorted(_HYPERPARAMETERS - {*group}):
                 raise ValueError(
                     f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it "
                     f"is not one of composer_sassha's; {advice}"

@@ -315,3 +315,34 @@ def test_a_foreign_state_is_refused_in_one_line_and_nothing_is_loaded(rule, chan
         optimizer.load_state_dict(foreign)
     assert "load the weights alone" in str(error.value) and "\n" not in str(error.value)
     assert_same(before, optimizer.state_dict())
+
+
+def trained(rule):
+    optimizer = rule([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))])
+    params = optimizer.param_groups[0]["params"]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.update_curvature({p: torch.ones_like(p) for p in params})
+    optimizer.step()
+    return optimizer
+
+
+@every_rule
+@pytest.mark.parametrize("copying", [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_state_is_loaded_any_number_of_times(rule, copying):
+    optimizer = trained(rule)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = copying(optimizer)
+    for _ in range(3):
+        again.load_state_dict(copy.deepcopy(saved))
+        assert_same(saved, again.state_dict())
+
+
+@every_rule
+def test_a_hyperparameter_that_a_state_lacks_takes_its_default(rule):
+    optimizer = trained(rule)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["weight_decay"]
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_decay"] == optimizer.defaults["weight_decay"]
