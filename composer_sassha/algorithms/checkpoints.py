@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from composer_sassha.optim.sharpness_aware import COUNTERS
+from composer_sassha.optim.counters import COUNTERS
 from composer_sassha.perturbations import LookSAMPerturbation
 
 OWN_STATE = (LookSAMPerturbation.remembers,)

@@ -21,6 +21,8 @@ class GSAM(PerturbingAlgorithm):
         lr_min: the learning rate at the end of its schedule, >= 0 and below that at the start. Default: 0.
         interval: steps between perturbed steps, >= 1. Default: 1.
         sync_ascent: average both gradients over the ranks before they are combined. Default: False.
+        lr_max: the largest learning rate, for a scheduler that starts from a smaller one. Default: what the
+            first parameter group has as `max_lr` (OneCycleLR) or `initial_lr`.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -28,7 +30,7 @@ class GSAM(PerturbingAlgorithm):
 
     Example:
         >>> GSAM(rho_max=0.1, alpha=0.2)
-        GSAM(rho_max=0.1, rho_min=0.02, alpha=0.2, lr_min=0.0, interval=1, sync_ascent=False)
+        GSAM(rho_max=0.1, rho_min=0.02, alpha=0.2, lr_min=0.0, interval=1, sync_ascent=False, lr_max=None)
     """
 
     def __init__(
@@ -39,5 +41,6 @@ class GSAM(PerturbingAlgorithm):
         lr_min: float = 0.0,
         interval: int = 1,
         sync_ascent: bool = False,
+        lr_max: float | None = None,
     ) -> None:
-        super().__init__(GSAMPerturbation(rho_max, rho_min, alpha, lr_min), interval, sync_ascent)
+        super().__init__(GSAMPerturbation(rho_max, rho_min, alpha, lr_min, lr_max), interval, sync_ascent)

@@ -16,6 +16,7 @@ from composer_sassha.common.batches import select, size_of, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.curvature import Evaluation, LazyCurvature
+from composer_sassha.optim import SharpnessAwareOptimizer
 
 # Sets, because comparing Composer's events one by one is slow, and `match` runs on every event of every step.
 _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
@@ -92,7 +93,8 @@ class LazyHessian(MethodAlgorithm):
         """Whether to run: at the Trainer's start, on passes that estimate, and at the end of each batch."""
         if event in _EVENTS:
             return True
-        if not self.curvature.active:
+        (optimizer,) = state.optimizers
+        if not isinstance(optimizer, SharpnessAwareOptimizer) or optimizer.refresh.estimation is None:
             return False
         return event in _ESTIMATING or (event in _EVALUATING and self.curvature.evaluates_again)
 
@@ -125,12 +127,13 @@ class LazyHessian(MethodAlgorithm):
 
     def _estimate(self, state: State) -> None:
         logits, labels = None, None
-        if self.curvature.estimator in ("gauss_newton", "empirical_fisher"):
+        if self.curvature.needs.predictions:
             logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch)
         replay, self._replay = self._replay, None
+        (optimizer,) = state.optimizers
 
         def attach(loss: Tensor) -> Tensor:
-            return self.curvature.attach(
+            return optimizer.attach(
                 loss,
                 logits=logits,
                 labels=labels,
@@ -142,7 +145,7 @@ class LazyHessian(MethodAlgorithm):
         state.loss = _with_total(state.loss, attach)
 
     def _check_precision(self, state: State) -> None:
-        if self.curvature.estimator != "finite_difference":
+        if not self.curvature.needs.smooth:
             return
         if state.precision != Precision.FP32:
             raise ValueError(

@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.common import validate
+from composer_sassha.common.rates import fraction_of_largest_rate
 from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import SharpnessAwareOptimizer
-from composer_sassha.optim.sharpness_aware import COUNTERS
+from composer_sassha.optim.counters import COUNTERS
 from composer_sassha.perturbations import Perturbation
 
 
@@ -149,31 +150,34 @@ class Schedule(Algorithm):
 class FollowLR(ComposerScheduler):
     """A multiplier that moves with the learning rate, from 1 at its largest to `alpha_f` where it is zero.
 
-    The multiplier is `alpha_f + (1 - alpha_f) * lr / lr_max`, with lr_max the first parameter group's
-    `initial_lr`. With alpha_f > 1 it rises while the learning rate falls, as the authors of SASSHA do with
-    the power of the Hessian.
+    The multiplier is `alpha_f + (1 - alpha_f) * lr / lr_max`, with the rates of the first parameter group and
+    the quotient clamped to [0, 1]. With alpha_f > 1 it rises while the learning rate falls, as the authors of
+    SASSHA do with the power of the Hessian.
 
     Args:
         alpha_f: the multiplier at a learning rate of zero, >= 0. Default: 0.
+        lr_max: the largest learning rate, for a scheduler that starts from a smaller one, as CyclicLR.
+            Default: the group's `max_lr` (OneCycleLR sets it) or `initial_lr`.
 
     Raises:
-        TypeError, ValueError: `alpha_f` is not a finite number >= 0.
+        TypeError, ValueError: an argument that is not a finite number >= 0.
 
     Example:
         >>> scheduler = FollowLR(alpha_f=0.25)
     """
 
-    def __init__(self, alpha_f: float = 0.0) -> None:
+    def __init__(self, alpha_f: float = 0.0, lr_max: float | None = None) -> None:
         self.alpha_f = validate.number("FollowLR", "alpha_f", alpha_f, low=0)
+        self.lr_max = None if lr_max is None else validate.number("FollowLR", "lr_max", lr_max, low=0)
 
     def __repr__(self) -> str:
-        return f"FollowLR(alpha_f={self.alpha_f})"
+        known = "" if self.lr_max is None else f", lr_max={self.lr_max}"
+        return f"FollowLR(alpha_f={self.alpha_f}{known})"
 
     def __call__(self, state: State, ssr: float = 1.0) -> float:
         """Return the multiplier."""
-        group = state.optimizers[0].param_groups[0]
-        largest = group.get("initial_lr", group["lr"])
-        return self.alpha_f + (1 - self.alpha_f) * (group["lr"] / largest if largest else 1.0)
+        part = fraction_of_largest_rate(state.optimizers[0].param_groups[0], lr_max=self.lr_max)
+        return self.alpha_f + (1 - self.alpha_f) * part
 
 
 def _base(optimizer: Optimizer) -> Optimizer:

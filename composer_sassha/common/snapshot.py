@@ -5,6 +5,7 @@ import random
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from composer_sassha.common.tensors import copy_into, copy_of
 
@@ -47,6 +48,8 @@ class Snapshot:
 
 def _is_writable(buffer: Tensor) -> bool:
     """Whether the buffer supports in-place writes (not an inference, expanded or compressed tensor)."""
+    if is_lazy(buffer) or buffer.is_quantized or buffer.is_nested:
+        return False
     if buffer.layout == torch.strided and buffer.is_contiguous():
         return not buffer.is_inference()
     if buffer.layout not in (torch.strided, torch.sparse_coo):

@@ -1,6 +1,7 @@
 """Estimators of the Hessian's diagonal, their random probes, and the lazy refresh. Plain PyTorch."""
 
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
+from composer_sassha.curvature.estimation import Estimation
 from composer_sassha.curvature.estimators import ESTIMATORS, Evaluation
 from composer_sassha.curvature.finite_difference import finite_difference_diagonal
 from composer_sassha.curvature.float16 import NormsInFloat32
@@ -11,6 +12,7 @@ from composer_sassha.curvature.probes import rademacher
 
 __all__ = [
     "ESTIMATORS",
+    "Estimation",
     "Evaluation",
     "LazyCurvature",
     "NormsInFloat32",

@@ -98,7 +98,7 @@ def _finite_difference(batch: Microbatch) -> list[Tensor]:
     if again is None or size is None:
         raise ValueError(
             "LazyHessian: estimator='finite_difference' computes every loss a second time; pass size= (the "
-            "number of samples) and again= to backward; see LazyCurvature.attach"
+            "number of samples) and again= to backward; see Estimation.attach"
         )
 
     @contextlib.contextmanager
@@ -111,9 +111,37 @@ def _finite_difference(batch: Microbatch) -> list[Tensor]:
     )
 
 
-ESTIMATORS: dict[str, Callable[[Microbatch], list[Tensor]]] = {
-    "hutchinson": _hutchinson,
-    "gauss_newton": _gauss_newton,
-    "empirical_fisher": _empirical_fisher,
-    "finite_difference": _finite_difference,
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator and what it needs.
+
+    Args:
+        diagonal: estimates the diagonal on a microbatch.
+        second_order: differentiates the gradient, for which fused attention and compiled code have no kernel.
+        retains_graph: differentiates the loss's graph once more after its gradient.
+        evaluates_again: evaluates every microbatch a second time.
+        eager: a pass that estimates must run without compiled code, which has no second derivative, frees its
+            graph, draws other dropout masks than the model evaluated again, and hides kinks.
+        predictions: looks for logits and labels.
+        draws: takes probes or labels at random, so that more than one sample makes sense.
+        sharded: works with sharded parameters, whose gradients come out of an ordinary backward alone.
+        smooth: is for networks without kinks, in full precision.
+    """
+
+    diagonal: Callable[[Microbatch], list[Tensor]]
+    second_order: bool = False
+    retains_graph: bool = False
+    evaluates_again: bool = False
+    eager: bool = True
+    predictions: bool = False
+    draws: bool = True
+    sharded: bool = False
+    smooth: bool = False
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "hutchinson": Estimator(_hutchinson, second_order=True),
+    "gauss_newton": Estimator(_gauss_newton, retains_graph=True, predictions=True, sharded=True),
+    "empirical_fisher": Estimator(_empirical_fisher, eager=False, predictions=True, draws=False),
+    "finite_difference": Estimator(_finite_difference, evaluates_again=True, sharded=True, smooth=True),
 }

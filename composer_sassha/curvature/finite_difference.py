@@ -1,5 +1,6 @@
 """Hutchinson's estimator with the Hessian-vector product as a difference of two gradients."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -108,3 +109,14 @@ def kinks(loss: Tensor) -> list[str]:
         ['ReluBackward0']
     """
     return sorted({name for node in nodes(loss) if (name := node.name()).startswith(KINKS)})
+
+
+def warn_of_kinks(loss: Tensor) -> None:
+    """Warn if a loss's autograd graph has kinks, which spoil the difference."""
+    found = kinks(loss)
+    if found:
+        warnings.warn(
+            "LazyHessian: estimator='finite_difference' is for smooth networks, and this loss has kinks "
+            f"({', '.join(found)}), which spoil the estimate; use estimator='hutchinson' or 'gauss_newton'",
+            stacklevel=4,
+        )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from composer_sassha.common.sharding import local
+from composer_sassha.common.validate import SettingError
 
 # Takes a loss and whether to keep its graph, and returns the gradient of every parameter, zero if unused.
 Gradients = Callable[[Tensor, bool], Sequence[Tensor]]
@@ -72,3 +73,27 @@ class ByBackward:
         self.used |= {i for i, grad in enumerate(found) if grad is not None}
         parts = local(self.params)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parts, found, strict=True)]
+
+
+def scaled_gradients(
+    loss: Tensor, wrt: Sequence[Tensor], scale: float, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients, of a loss times `scale` and divided by it again; None where there is none."""
+    scaled = loss if scale == 1 else loss * scale
+    grads = torch.autograd.grad(scaled, wrt, retain_graph=retain_graph, allow_unused=True)
+    return grads if scale == 1 else tuple(None if grad is None else grad / scale for grad in grads)
+
+
+@contextlib.contextmanager
+def reentrant_checkpoints_refused() -> Iterator[None]:
+    """Say what to do about activation checkpoints that can only be differentiated by `loss.backward()`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise SettingError(
+            "LazyHessian: a Hessian refresh cannot go through reentrant activation checkpoints; pass "
+            "use_reentrant=False to torch.utils.checkpoint (Hugging Face: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})"
+        ) from error

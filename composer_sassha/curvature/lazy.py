@@ -1,33 +1,14 @@
-"""The lazy refresh: a Hessian diagonal every few steps, gathered on the way of an ordinary backward pass."""
+"""The lazy refresh: when and how a Hessian diagonal is estimated."""
 
-import contextlib
-import functools
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from dataclasses import dataclass
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import average_, rank, world_size
-from composer_sassha.common.sharding import Shards, forget_copies, local, shards_of
-from composer_sassha.common.tensors import unflatten, wide_dtype
-from composer_sassha.curvature.estimators import ESTIMATORS, Again, Evaluation, Microbatch
-from composer_sassha.curvature.finite_difference import kinks, refuse_half_precision
-from composer_sassha.curvature.gradients import ByBackward, without_hooks
-from composer_sassha.curvature.hutchinson import differentiable_gradients
+from composer_sassha.curvature.estimators import ESTIMATORS, Estimator
 
 
+@dataclass(frozen=True)
 class LazyCurvature:
-    """Estimates the Hessian's diagonal on the passes that `SharpnessAwareOptimizer` chooses.
-
-    On such a pass each microbatch's gradient is computed before its backward, which then hands that very
-    gradient to the parameters; in between, the estimator makes of it, of its graph or of the loss what it
-    needs. The estimates are added up with the weights that backward brings along (a microbatch's share, an
-    accumulation factor) and averaged over the ranks in one collective.
+    """When and how `SharpnessAwareOptimizer` estimates the Hessian's diagonal; see `Estimation`.
 
     Args:
         interval: steps between refreshes, >= 1. Default: 10.
@@ -45,69 +26,46 @@ class LazyCurvature:
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
-        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        >>> curvature = LazyCurvature()
-        >>> curvature.begin([w], step=0)
-        >>> curvature.attach((w**3).sum()).backward()
-        >>> diagonal, metrics = curvature.finish()
-        >>> diagonal[w], w.grad
-        (tensor([ 6., 12.]), tensor([ 3., 12.]))
+        >>> LazyCurvature(interval=5).due(step=6, last_refresh=0)
+        True
     """
 
-    def __init__(
-        self,
-        interval: int = 10,
-        estimator: str = "hutchinson",
-        samples: int = 1,
-        seed: int = 0,
-        batch_fraction: float = 1.0,
-    ) -> None:
-        self.interval = validate.integer("LazyHessian", "interval", interval, low=1)
-        self.samples = validate.integer("LazyHessian", "samples", samples, low=1)
-        self.seed = validate.integer("LazyHessian", "seed", seed, low=0)
-        self.batch_fraction = validate.fraction("LazyHessian", "batch_fraction", batch_fraction)
-        if estimator not in list(ESTIMATORS):
-            raise ValueError(
-                f"LazyHessian: estimator={estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"
-            )
-        if estimator == "empirical_fisher" and samples > 1:
-            raise ValueError(
-                f"LazyHessian: samples={samples} is not allowed; it must be 1 with "
-                "estimator='empirical_fisher', which draws nothing"
-            )
-        self.estimator = estimator
-        self._looked_for_kinks = estimator != "finite_difference"
-        self.reset()
+    interval: int = 10
+    estimator: str = "hutchinson"
+    samples: int = 1
+    seed: int = 0
+    batch_fraction: float = 1.0
 
-    def __repr__(self) -> str:
-        return (
-            f"LazyCurvature(interval={self.interval}, estimator={self.estimator!r}, samples={self.samples}, "
-            f"seed={self.seed}, batch_fraction={self.batch_fraction})"
-        )
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        validate.integer("LazyHessian", "interval", self.interval, low=1)
+        validate.integer("LazyHessian", "samples", self.samples, low=1)
+        validate.integer("LazyHessian", "seed", self.seed, low=0)
+        validate.fraction("LazyHessian", "batch_fraction", self.batch_fraction)
+        if self.estimator not in list(ESTIMATORS):
+            raise ValueError(
+                f"LazyHessian: estimator={self.estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"
+            )
+        if self.samples > 1 and not self.needs.draws:
+            raise ValueError(
+                f"LazyHessian: samples={self.samples} is not allowed; it must be 1 with "
+                f"estimator={self.estimator!r}, which draws nothing"
+            )
 
     @property
-    def second_order(self) -> bool:
-        """Whether the estimator differentiates twice, which fused attention and compiled code cannot."""
-        return self.estimator == "hutchinson"
-
-    @property
-    def eager(self) -> bool:
-        """Whether a pass that estimates has to run without compiled code.
-
-        Such code has no second derivative, refuses to keep its graph for a second backward, draws other
-        dropout masks than the model evaluated again, and hides kinks.
-        """
-        return self.estimator != "empirical_fisher"
+    def needs(self) -> Estimator:
+        """The estimator, with what it needs."""
+        return ESTIMATORS[self.estimator]
 
     @property
     def evaluates_again(self) -> bool:
         """Whether some microbatches are evaluated a second time, so that `attach` needs `again`."""
-        return self.estimator == "finite_difference" or self.batch_fraction < 1
+        return self.needs.evaluates_again or self.batch_fraction < 1
 
     @property
     def whole_only(self) -> str:
         """Why the settings are not for sharded parameters, of which each rank holds a part; "": they are."""
-        if self.estimator not in ("gauss_newton", "finite_difference"):
+        if not self.needs.sharded:
             return (
                 f"LazyHessian: estimator={self.estimator!r} is not allowed with sharded parameters (FSDP), "
                 "whose gradients come out of an ordinary backward alone; use estimator='gauss_newton', or "
@@ -123,368 +81,3 @@ class LazyCurvature:
     def due(self, step: int, last_refresh: int) -> bool:
         """Whether a refresh is due: at multiples of the interval, until one has succeeded."""
         return last_refresh < step - step % self.interval
-
-    @property
-    def active(self) -> bool:
-        """Whether the running pass is one that estimates."""
-        return self._total is not None
-
-    def reset(self) -> None:
-        """Forget the running estimate."""
-        self._params: list[Tensor] = []
-        self._parts: list[Tensor] = []  # what this rank holds of each: of a whole parameter, all of it
-        self._shards: Shards | None = None
-        self._model: nn.Module | None = None
-        self._others: list[Tensor] = []
-        self._total: Tensor | None = None
-        self._uses: list[int] = []
-        self._scale = self._gradient_scale = 1.0
-        self._step = self._attached = self._delivered = self._samples_seen = 0
-        # Weights that backward brought along: of the whole batch, and of the samples estimated on.
-        self._weight: Tensor | float = 0.0
-        self._weight_estimated: Tensor | float = 0.0
-
-    def begin(
-        self,
-        params: Sequence[Tensor],
-        step: int,
-        others: Sequence[Tensor] = (),
-        *,
-        gradient_scale: float = 1.0,
-        scale: float = 1.0,
-        model: nn.Module | None = None,
-    ) -> None:
-        """Estimate in the coming pass.
-
-        Args:
-            params: the parameters whose diagonal is wanted.
-            step: the number of steps taken; seeds the draws.
-            others: parameters that get a gradient too, but are not the optimizer's.
-            gradient_scale: what a gradient scaler multiplies the loss with, for float16 compute: the gradient
-                is taken at this scale, and the estimate is freed of it.
-            scale: what the loss is multiplied with while it is differentiated for the estimate alone.
-            model: what has sharded parameters, and gathers them.
-
-        Raises:
-            RuntimeError: `params` is empty.
-            SettingError: they are sharded, and the settings are for whole parameters only.
-        """
-        self.reset()
-        if not params:
-            raise RuntimeError(
-                "the Hessian refresh finds no parameter that requires a gradient; unfreeze some"
-            )
-        self._shards = shards_of(params)
-        if self._shards is not None and (reason := self.whole_only):
-            raise validate.SettingError(reason)
-        self._params, self._others, self._step = list(params), list(others), step
-        self._parts = local(params)
-        self._scale, self._gradient_scale = scale, gradient_scale
-        self._model = model
-        self._uses = [0] * len(params)
-        # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
-        # used.
-        size = sum(p.numel() for p in self._parts) + len(params)
-        self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
-
-    def attach(
-        self,
-        loss: Tensor,
-        *,
-        logits: Tensor | None = None,
-        labels: Tensor | None = None,
-        size: int | None = None,
-        batch_size: int | None = None,
-        again: Again | None = None,
-    ) -> Tensor:
-        """Return a loss with the same value and gradient whose backward also gathers the estimate.
-
-        Outside of a pass that estimates, this is `loss` itself, and no second-order graph is built.
-
-        Args:
-            loss: one number, of one microbatch.
-            logits: [N, classes, ...], of which the loss is the mean cross-entropy; for 'gauss_newton'.
-            labels: class numbers [N, ...], -100 where nothing is predicted, or probabilities [N, classes,
-                ...]; for 'gauss_newton', and for 'empirical_fisher' where samples are not predictions.
-            size: samples in this microbatch; for 'empirical_fisher', 'finite_difference' and a
-                `batch_fraction`.
-            batch_size: samples in all microbatches of this rank's batch; for a `batch_fraction`.
-            again: `again(count)` returns a context (`contextlib.contextmanager`) in which the loss of this
-                microbatch's first `count` samples has been computed once more, as a Tensor or an
-                `Evaluation`, with the same dropout masks; for 'finite_difference' and a `batch_fraction`.
-
-        Raises:
-            ValueError: something is missing or does not fit, or an operation has no second derivative.
-        """
-        if self._total is None:
-            return loss
-        if self._shards is not None:
-            return self._attach_sharded(Evaluation(loss, logits, labels), size, again)
-        part = self._part(size, batch_size)
-        self._attached += 1
-        if part == 0:
-            loss = loss.clone()  # the caller's own is not to keep this hook
-            loss.register_hook(self._skip)
-            return loss
-
-        everyone = [*self._params, *self._others]
-        with without_hooks(everyone), _reentrant_checkpoints_refused():
-            scale = self._gradient_scale
-            if scale != 1 and size and batch_size:  # the backward of an ordinary step starts from this
-                scale *= size / batch_size
-            if part is None:
-                evaluation = Evaluation(loss, logits, labels)
-                all_grads, own, diagonals = self._estimate(evaluation, everyone, size, again, scale)
-            else:
-                # First of all the gradient, so that the graph is freed before the second one is built.
-                all_grads = _gradients(loss, everyone, scale)
-                if again is None:
-                    raise ValueError(_what_a_fraction_needs(self.batch_fraction))
-                with again(part) as result:
-                    evaluation = Evaluation(result) if isinstance(result, Tensor) else result
-                    _, own, diagonals = self._estimate(evaluation, self._params, part, again)
-        # Parameters that the loss does not use stay unconnected, as DDP's find_unused_parameters expects.
-        used = [p for p, grad in zip(everyone, all_grads, strict=True) if grad is not None]
-        grads = [grad.detach() for grad in all_grads if grad is not None]
-        share = 1.0 if part is None or size is None else part / size
-
-        def weigh(weight: Tensor) -> None:
-            weight = weight.reshape(())
-            # Only now is the microbatch's weight known.
-            self._add(diagonals, own, weight / self._gradient_scale, share)
-            grads[:] = torch._foreach_mul(grads, weight)
-
-        stand_in = loss.detach()
-        for p in used:
-            stand_in = _Delivery.apply(stand_in, p, grads)
-        return _Weighing.apply(stand_in, weigh)
-
-    def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
-        """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
-
-        FSDP2 averages in every backward, and leaves each rank the gradient of its part. So the loss that is
-        differentiated is the mean over all ranks, in which every sample counts alike.
-        """
-        assert self._shards is not None
-        self._attached += 1
-        self._look_for_kinks(evaluation.loss)
-        samples = torch.tensor(float(size or 1), device=evaluation.loss.device)
-        mean = samples.clone()
-        average_(mean)
-        weight = (samples / mean).item()
-        gradients = ByBackward(self._params, self._others, weight)
-        batch = Microbatch(
-            evaluation,
-            grads=gradients(evaluation.loss, True) if self.evaluates_again else (),
-            params=local(self._params),  # now: in its first forward, FSDP2 puts other parts in their place
-            # The probe is that of this rank's part of the parameters, the labels those of its samples.
-            keys=self._keys(self._shards.part if self.evaluates_again else rank()),
-            size=size,
-            again=again,
-            # What is not evaluated again has the graph that the loss still needs.
-            gradients=gradients if self.evaluates_again else lambda loss, _: gradients(loss, True),
-            spread=world_size() / weight,
-            on_write=functools.partial(forget_copies, self._model),
-        )
-        diagonals = ESTIMATORS[self.estimator](batch)
-        used = sorted(gradients.used)
-        if not used:
-            raise RuntimeError(
-                "LazyHessian: FSDP2 has averaged no gradient; on steps that refresh the Hessian it is to do "
-                "so in every backward: model.set_requires_gradient_sync(True)"
-            )
-        self._gather([diagonals[i] for i in used], used, mean)
-        loss = evaluation.loss.clone()
-        loss.register_hook(self._skip)
-        return loss
-
-    def _keys(self, own: int) -> list[tuple[int, ...]]:
-        """One key per draw for the running microbatch, of this rank alone."""
-        microbatch = self._attached - 1
-        return [(self.seed, self._step, own, microbatch, sample) for sample in range(self.samples)]
-
-    def _part(self, size: int | None, batch_size: int | None) -> int | None:
-        """Return how many of the microbatch's samples are to be estimated on; None means all."""
-        if self.batch_fraction == 1:
-            return None
-        if size is None or batch_size is None:
-            raise ValueError(_what_a_fraction_needs(self.batch_fraction))
-        left = max(1, round(self.batch_fraction * batch_size)) - self._samples_seen
-        self._samples_seen += size
-        return None if size <= left else max(0, left)
-
-    def _estimate(
-        self,
-        evaluation: Evaluation,
-        wrt: Sequence[Tensor],
-        size: int | None,
-        again: Again | None,
-        gradient_scale: float | None = None,
-    ) -> tuple[tuple[Tensor | None, ...], list[int], list[Tensor]]:
-        """Return the gradients, which of our parameters the loss uses, and the estimate for those.
-
-        The gradients are taken at `gradient_scale` and freed of it; None: they are for the estimate alone.
-        """
-        self._look_for_kinks(evaluation.loss)
-        keys, loss = self._keys(rank()), evaluation.loss
-        scaled = loss if self._scale == 1 else loss * self._scale
-        if not self.second_order:
-            scale = self._scale if gradient_scale is None else gradient_scale
-            all_grads = of_loss = _gradients(loss, wrt, scale, self.estimator == "gauss_newton")
-        elif gradient_scale is None or gradient_scale == self._gradient_scale == 1:
-            all_grads = of_loss = differentiable_gradients(scaled, wrt)
-        else:  # at the gradient's scale the second derivative overflows, at its own the gradient underflows
-            all_grads = _gradients(loss, wrt, gradient_scale, retain_graph=True)
-            of_loss = differentiable_gradients(scaled, wrt)
-        found = [(i, grad) for i, grad in enumerate(of_loss[: len(self._params)]) if grad is not None]
-        if any(grad.is_sparse for _, grad in found):
-            raise validate.SettingError(
-                "LazyHessian: sparse gradients give no estimate; build the embedding with sparse=False"
-            )
-        if not found:
-            return all_grads, [], []
-        own, grads = [i for i, _ in found], [grad for _, grad in found]
-        batch = Microbatch(evaluation, grads, [self._params[i] for i in own], keys, size, again, self._scale)
-        return all_grads, own, ESTIMATORS[self.estimator](batch)
-
-    def _look_for_kinks(self, loss: Tensor) -> None:
-        if not self._looked_for_kinks:
-            self._looked_for_kinks = True
-            refuse_half_precision(loss)
-            _warn_of_kinks(loss)
-
-    def _add(self, diagonals: list[Tensor], own: list[int], weight: Tensor, share: float) -> None:
-        self._delivered += 1
-        self._weight = self._weight + weight
-        self._gather(diagonals, own, weight * share)
-
-    def _gather(self, diagonals: list[Tensor], own: list[int], weight: Tensor) -> None:
-        assert self._total is not None
-        self._weight_estimated = self._weight_estimated + weight
-        if own:
-            diagonal, _ = self._split(self._total)
-            scaled = torch._foreach_mul(diagonals, weight)
-            torch._foreach_add_([diagonal[i] for i in own], list(scaled))
-        for i in own:
-            self._uses[i] += 1
-
-    def _skip(self, weight: Tensor) -> None:
-        self._delivered += 1
-        self._weight = self._weight + weight.reshape(()) / self._gradient_scale
-
-    def _split(self, total: Tensor) -> tuple[list[Tensor], Tensor]:
-        entries = total.numel() - len(self._parts)
-        return unflatten(total[:entries], self._parts), total[entries:]
-
-    def finish(self) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
-        """Average the estimate over the ranks, and end the pass.
-
-        Returns:
-            The diagonal by parameter, without those that the pass did not use, or None if it is not finite;
-            and what to log about it.
-
-        Raises:
-            RuntimeError: a loss of this pass did not come by `attach`, or its backward was not called.
-        """
-        total, params, shards = self._total, self._params, self._shards
-        if total is None or not self._attached or self._delivered != self._attached:
-            raise RuntimeError(
-                f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
-                "optimizer.backward(loss) instead of loss.backward(), once per loss"
-            )
-        diagonal, counts = self._split(total)
-        if shards is not None:
-            average_(torch.as_tensor(self._weight))
-        if shards is not None or self.batch_fraction < 1:  # as if what was estimated on were the whole batch
-            total.mul_(self._weight / self._weight_estimated)
-        counts.copy_(torch.tensor(self._uses))
-        if shards is None:
-            average_(total)
-        self.reset()
-        entries = total[: -len(params)]
-        # One read-out: the sum tells whether all entries are finite.
-        sums = torch.stack([entries.abs().sum(), (entries < 0).sum(), total.new_tensor(entries.numel())])
-        if shards is not None:
-            dist.all_reduce(sums, group=shards.group)
-        magnitude, negative, number, *used = torch.cat([sums, counts]).tolist()
-        if not math.isfinite(magnitude):
-            return None, {}
-        measured = {p: h for p, h, count in zip(params, diagonal, used, strict=True) if count > 0}
-        return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
-
-
-class _Weighing(torch.autograd.Function):
-    """The end of a chain that stands in for a loss: its backward weighs the gradients computed before."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, weigh: Callable[[Tensor], None]) -> Tensor:
-        ctx.weigh = weigh
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None]:
-        weigh, ctx.weigh = ctx.weigh, None  # the loss may be kept for its value; the gradients may not
-        if weigh is None:
-            raise RuntimeError("the loss of a refresh pass can be differentiated once")
-        weigh(weight)
-        return weight, None
-
-
-class _Delivery(torch.autograd.Function):
-    """A link of that chain: its backward hands one parameter its gradient, the last of a list.
-
-    It reaches the parameter through the ordinary hooks, those of DistributedDataParallel among them, which a
-    backward with create_graph=True does not. And the last parameter comes first, as in an ordinary backward:
-    DistributedDataParallel sorts its buckets by what it sees in the first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, param: Tensor, grads: list[Tensor]) -> Tensor:
-        ctx.grads = grads
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor, None]:
-        grads, ctx.grads = ctx.grads, None
-        return weight, grads.pop(), None
-
-
-@contextlib.contextmanager
-def _reentrant_checkpoints_refused() -> Iterator[None]:
-    """Say what to do about activation checkpoints that can only be differentiated by `loss.backward()`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant=True" not in str(error):
-            raise
-        raise validate.SettingError(
-            "LazyHessian: a Hessian refresh cannot go through reentrant activation checkpoints; pass "
-            "use_reentrant=False to torch.utils.checkpoint (Hugging Face: "
-            "gradient_checkpointing_kwargs={'use_reentrant': False})"
-        ) from error
-
-
-def _gradients(
-    loss: Tensor, wrt: Sequence[Tensor], scale: float, retain_graph: bool = False
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients, of a loss times `scale` and divided by it again; None where there is none."""
-    scaled = loss if scale == 1 else loss * scale
-    grads = torch.autograd.grad(scaled, wrt, retain_graph=retain_graph, allow_unused=True)
-    return grads if scale == 1 else tuple(None if grad is None else grad / scale for grad in grads)
-
-
-def _what_a_fraction_needs(batch_fraction: float) -> str:
-    return (
-        f"LazyHessian: batch_fraction={batch_fraction} may end inside a microbatch; pass size=, batch_size= "
-        "and again= to backward, see LazyCurvature.attach"
-    )
-
-
-def _warn_of_kinks(loss: Tensor) -> None:
-    found = kinks(loss)
-    if found:
-        warnings.warn(
-            "LazyHessian: estimator='finite_difference' is for smooth networks, and this loss has kinks "
-            f"({', '.join(found)}), which spoil the estimate; use estimator='hutchinson' or 'gauss_newton'",
-            stacklevel=4,
-        )

@@ -1,7 +1,17 @@
 """Perturbations: where a method takes its gradient and how it forms the update. Plain PyTorch."""
 
 from composer_sassha.perturbations.asam import ASAMPerturbation
-from composer_sassha.perturbations.base import Perturbation, Point
+from composer_sassha.perturbations.base import (
+    Ascent,
+    Descent,
+    Displacement,
+    Gradient,
+    Pass,
+    Perturbation,
+    Point,
+    Program,
+    unperturbed,
+)
 from composer_sassha.perturbations.esam import ESAMPerturbation
 from composer_sassha.perturbations.gsam import GSAMPerturbation
 from composer_sassha.perturbations.looksam import LookSAMPerturbation
@@ -12,13 +22,20 @@ from composer_sassha.perturbations.usam import USAMPerturbation
 
 __all__ = [
     "ASAMPerturbation",
+    "Ascent",
+    "Descent",
+    "Displacement",
     "ESAMPerturbation",
     "GSAMPerturbation",
+    "Gradient",
     "LookSAMPerturbation",
     "MSAMPerturbation",
+    "Pass",
     "Perturbation",
     "Point",
+    "Program",
     "SAMPerturbation",
     "SSAMPerturbation",
     "USAMPerturbation",
+    "unperturbed",
 ]

@@ -5,8 +5,16 @@ from dataclasses import dataclass
 import torch
 
 from composer_sassha.common import validate
-from composer_sassha.common.tensors import global_norm
-from composer_sassha.perturbations.base import Perturbation, Point, ratio
+from composer_sassha.common.sharding import local
+from composer_sassha.perturbations.base import (
+    Ascent,
+    Descent,
+    Displacement,
+    Gradient,
+    Perturbation,
+    Point,
+    Program,
+)
 
 
 @dataclass
@@ -24,15 +32,14 @@ class ASAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
+        >>> from composer_sassha.perturbations.base import Gradient, displacement
         >>> w = torch.tensor([3.0, -1.0])
-        >>> point = Point([w], [torch.tensor([1.0, 4.0])], names=["head.weight"])
-        >>> ASAMPerturbation(rho=0.5, eta=0.0).displace(point)
-        {'rho': 0.5, 'grad_norm': 5.0}
+        >>> at = Point([w], name_of=lambda p: "head.weight")
+        >>> g = Gradient([w], [torch.tensor([1.0, 4.0])])
+        >>> displacement(ASAMPerturbation(rho=0.5, eta=0.0), at, g).apply()
         >>> w  # e = 0.5 * [9 * 1, 1 * 4] / 5
         tensor([ 3.9000, -0.6000])
     """
-
-    names = True
 
     rho: float = 0.5
     eta: float = 0.01
@@ -42,25 +49,29 @@ class ASAMPerturbation(Perturbation):
         validate.number("ASAM", "rho", self.rho, low=0)
         validate.number("ASAM", "eta", self.eta, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`. The logged norm is that of T g.
+    def step(self, at: Point) -> Program:
+        """Yield both passes; see `Perturbation.step`. The norm that is logged is that of T g.
 
         Raises:
             RuntimeError: the parameters have no names.
         """
-        if point.params and not point.names:
+        g = yield Ascent()
+        yield Descent(self._displacement(at, g))
+        return None
+
+    def _displacement(self, at: Point, g: Gradient) -> Displacement:
+        names = [at.name_of(p) for p in g.params]
+        if None in names:
             raise RuntimeError(
                 "ASAM needs the parameters' names; give the wrapper named_parameters=model.named_parameters()"
             )
-        scaled = [i for i, name in enumerate(point.names) if "weight" in name]
-        grads = list(point.grads)
-        if scaled:
-            scales = torch._foreach_abs([point.params[i] for i in scaled])
+        weights = [i for i, name in enumerate(names) if name is not None and "weight" in name]
+        scaled, params = [g.tensors[i] for i in weights], local(g.params)
+        scales = list(torch._foreach_abs([params[i] for i in weights])) if weights else []
+        if weights:
             torch._foreach_add_(scales, self.eta)
-            torch._foreach_mul_([grads[i] for i in scaled], scales)
-        norm = global_norm(grads, point.shards)
-        if scale := ratio(self.rho, norm, point.params):
-            if scaled:
-                torch._foreach_mul_([grads[i] for i in scaled], scales)
-            torch._foreach_add_(list(point.params), grads, alpha=scale)
-        return {"rho": self.rho, "grad_norm": norm}
+            torch._foreach_mul_(scaled, scales)
+        e = at.towards(g, self.rho)
+        if weights and e.scale:
+            torch._foreach_mul_(scaled, scales)
+        return e

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from composer_sassha.common import validate
 from composer_sassha.common.rng import generator
-from composer_sassha.common.tensors import global_norm, unflatten
-from composer_sassha.perturbations.base import Perturbation, Point, ratio
+from composer_sassha.common.tensors import unflatten
+from composer_sassha.perturbations.base import (
+    Ascent,
+    Descent,
+    Displacement,
+    Perturbation,
+    Point,
+    Program,
+    ratio,
+)
 
 
 @dataclass
@@ -30,9 +38,10 @@ class ESAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
+        >>> from composer_sassha.perturbations.base import Gradient, displacement
         >>> w = torch.zeros(4)
-        >>> ESAMPerturbation(rho=0.5, beta=0.5).displace(Point([w], [torch.ones(4)]))
-        {'rho': 0.5, 'grad_norm': 2.0}
+        >>> esam = ESAMPerturbation(rho=0.5, beta=0.5)
+        >>> displacement(esam, Point([w]), Gradient([w], [torch.ones(4)])).apply()
         >>> w
         tensor([0.5000, 0.0000, 0.0000, 0.5000])
     """
@@ -47,16 +56,17 @@ class ESAMPerturbation(Perturbation):
         validate.fraction("ESAM", "beta", self.beta)
         validate.integer("ESAM", "seed", self.seed, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads, point.shards)
-        if scale := ratio(self.rho / self.beta, norm, point.params):
-            grads = list(point.grads)
-            if self.beta < 1:
-                # The key has the rank: each one displaces other weights, as each has another gradient.
-                torch._foreach_mul_(grads, bernoulli(grads, self.beta, (self.seed, point.step, point.rank)))
-            torch._foreach_add_(list(point.params), grads, alpha=scale)
-        return {"rho": self.rho, "grad_norm": norm}
+    def step(self, at: Point) -> Program:
+        """Yield both passes; which samples the second one has, the closure decides."""
+        g = yield Ascent()
+        norm = g.norm()
+        at.metrics |= {"rho": self.rho, "grad_norm": norm}
+        scale = ratio(self.rho / self.beta, norm, g.params)
+        if scale and self.beta < 1:
+            # The key has the rank: each one displaces other weights, as each has another gradient.
+            torch._foreach_mul_(g.tensors, bernoulli(g.tensors, self.beta, (self.seed, at.step, at.rank)))
+        yield Descent(Displacement(g.params, g.tensors, scale))
+        return None
 
 
 def bernoulli(like: Sequence[Tensor], probability: float, key: Sequence[int]) -> list[Tensor]:

@@ -4,14 +4,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
+from composer_sassha.common.rates import fraction_of_largest_rate, rate_of
 from composer_sassha.common.tensors import inner_products
-from composer_sassha.perturbations.base import Perturbation, Point
-from composer_sassha.perturbations.sam import SAMPerturbation
+from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program
 
 
 @dataclass
@@ -23,23 +21,23 @@ class GSAMPerturbation(Perturbation):
 
         rho_t = rho_min + (rho_max - rho_min) * (lr_t - lr_min) / (lr_max - lr_min)
 
-    where lr_max is the `initial_lr` of the first parameter group, which every scheduler sets, and the
-    quotient is clamped to [0, 1]. Without a scheduler the radius is rho_max.
+    with the learning rate of the first parameter group, and the quotient clamped to [0, 1]. Without a
+    scheduler the radius is rho_max.
 
     Args:
         rho_max: radius at the largest learning rate, >= 0. Default: 0.04.
         rho_min: radius at the smallest, in [0, rho_max]. Default: 0.02.
         alpha: weight of the orthogonal part, >= 0; 0 is SAM. Default: 0.01.
-        lr_min: the learning rate at the end of its schedule, >= 0 and below that at the start. Default: 0.
+        lr_min: the learning rate at the end of its schedule, >= 0 and below lr_max. Default: 0.
+        lr_max: the largest learning rate, for a scheduler that starts from a smaller one. Default: the
+            group's `max_lr` (OneCycleLR sets it) or `initial_lr`.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
-        >>> import torch
-        >>> gsam = GSAMPerturbation(alpha=0.5)
-        >>> gsam.combine(ascent=torch.tensor([3.0, 2.0]), descent=torch.tensor([4.0, 0.0]))[0]
-        tensor([ 4., -1.])
+        >>> GSAMPerturbation(alpha=0.5)
+        GSAMPerturbation(rho_max=0.04, rho_min=0.02, alpha=0.5, lr_min=0.0, lr_max=None)
     """
 
     mixes = True
@@ -48,6 +46,7 @@ class GSAMPerturbation(Perturbation):
     rho_min: float = 0.02
     alpha: float = 0.01
     lr_min: float = 0.0
+    lr_max: float | None = field(default=None, metadata={"fixed": True})
     rho: float = field(init=False, repr=False)  # of the latest step
 
     def __post_init__(self) -> None:
@@ -66,39 +65,35 @@ class GSAMPerturbation(Perturbation):
             )
         validate.number("GSAM", "alpha", self.alpha, low=0)
         validate.number("GSAM", "lr_min", self.lr_min, low=0)
+        if self.lr_max is not None:
+            validate.number("GSAM", "lr_max", self.lr_max, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        self.rho = self.radius(point.group)
-        return SAMPerturbation(self.rho).displace(point)
+    def step(self, at: Point) -> Program:
+        """Yield both passes and return g_p - alpha * g_orth; see `Perturbation.step`."""
+        self.rho = self.radius(at.group)
+        g = yield Ascent(keeps=True)
+        g_p = yield Descent(at.towards(g, self.rho))
+        inner, norm = inner_products([(g.flat, g_p.flat), (g_p.flat, g_p.flat)], at.shards)
+        if not (math.isfinite(inner) and 0 < norm < math.inf):
+            return g_p.flat
+        # g_orth = g - (<g, g_p> / ||g_p||^2) g_p
+        return g_p.flat.mul_(1 + self.alpha * inner / norm).sub_(g.flat, alpha=self.alpha)
 
     def radius(self, group: Any) -> float:
         """Return rho_t for a parameter group with its `lr` and, if it has a schedule, `initial_lr`."""
-        lr = group.get("lr", 0.0)
-        span = group.get("initial_lr", lr) - self.lr_min
-        fraction = min(max((lr - self.lr_min) / span, 0.0), 1.0) if span > 0 else 1.0
-        # Written as a weighted mean, which unlike rho_min + fraction * (...) is exact at both ends.
-        return fraction * self.rho_max + (1 - fraction) * self.rho_min
+        part = fraction_of_largest_rate(group, self.lr_min, self.lr_max)
+        # Written as a weighted mean, which unlike rho_min + part * (...) is exact at both ends.
+        return part * self.rho_max + (1 - part) * self.rho_min
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an lr_min that is not below the initial learning rate; see `Perturbation`."""
         group = optimizer.param_groups[0]
-        largest = group.get("initial_lr", group["lr"])
+        largest = self.lr_max or float(group.get("max_lr") or group.get("initial_lr") or rate_of(group))
         if 0 < largest <= self.lr_min:
             raise ValueError(
                 f"GSAM: lr_min={self.lr_min!r} is not allowed; it must be below the optimizer's "
                 f"initial learning rate, {largest!r}"
             )
-
-    def combine(
-        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
-    ) -> tuple[Tensor, None]:
-        """Return g_p - alpha * g_orth; see `Perturbation`."""
-        inner, norm = inner_products([(ascent, descent), (descent, descent)], shards)
-        if not (math.isfinite(inner) and 0 < norm < math.inf):
-            return descent, None
-        # g_orth = g - (<g, g_p> / ||g_p||^2) g_p
-        return descent.mul_(1 + self.alpha * inner / norm).sub_(ascent, alpha=self.alpha), None
 
     def metrics(self, loss_gap: Any) -> dict[str, Any]:
         """Return the surrogate gap h and the estimate 2 h / rho^2 of the largest eigenvalue."""

@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from composer_sassha.common import validate
 from composer_sassha.common.tensors import euclidean_norms, inner_products
-from composer_sassha.perturbations.base import Perturbation, Point
-from composer_sassha.perturbations.sam import SAMPerturbation
+from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program
 
 
 @dataclass
@@ -29,11 +26,8 @@ class LookSAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
-        >>> looksam = LookSAMPerturbation(alpha=0.5)
-        >>> looksam.combine(ascent=torch.tensor([2.0, 0.0]), descent=torch.tensor([3.0, 4.0]))
-        (tensor([3., 4.]), tensor([0., 4.]))
-        >>> looksam.reuse(torch.tensor([2.0, 0.0]), remembered=torch.tensor([0.0, 4.0]))
-        tensor([2., 1.])
+        >>> LookSAMPerturbation(alpha=0.5)
+        LookSAMPerturbation(rho=0.1, alpha=0.5)
     """
 
     mixes = True
@@ -47,22 +41,22 @@ class LookSAMPerturbation(Perturbation):
         validate.number("LookSAM", "rho", self.rho, low=0)
         validate.number("LookSAM", "alpha", self.alpha, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        return SAMPerturbation(self.rho).displace(point)
+    def step(self, at: Point) -> Program:
+        """Yield both passes, return g_s, and remember g_v; see `Perturbation.step`."""
+        g = yield Ascent(keeps=True)
+        g_s = yield Descent(at.towards(g, self.rho))
+        inner, norm = inner_products([(g.flat, g_s.flat), (g.flat, g.flat)], at.shards)
+        if math.isfinite(inner) and 0 < norm < math.inf:
+            at.memory[self.remembers] = g_s.flat.sub(g.flat, alpha=inner / norm)
+        else:  # there is no direction to be orthogonal to
+            at.memory[self.remembers] = torch.zeros_like(g_s.flat)
+        return g_s.flat
 
-    def combine(
-        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return g_s and g_v; see `Perturbation`."""
-        inner, norm = inner_products([(ascent, descent), (ascent, ascent)], shards)
-        if not (math.isfinite(inner) and 0 < norm < math.inf):
-            return descent, torch.zeros_like(descent)  # a zero ascent gradient has no direction
-        return descent, descent.sub(ascent, alpha=inner / norm)
-
-    def reuse(self, grad: Tensor, remembered: Tensor, shards: ProcessGroup | None = None) -> Tensor:
-        """Return `g + alpha * ||g|| * g_v / ||g_v||`; see `Perturbation`."""
-        norm, kept = euclidean_norms([grad, remembered], shards)
+    def between(self, at: Point) -> Program:
+        """Yield one pass and return `g + alpha * ||g|| * g_v / ||g_v||`; see `Perturbation.between`."""
+        g = yield Descent()
+        g_v = at.memory[self.remembers]
+        norm, kept = euclidean_norms([g.flat, g_v], at.shards)
         if not (math.isfinite(norm) and 0 < kept < math.inf):
-            return grad
-        return grad.add_(remembered, alpha=self.alpha * norm / kept)
+            return g.flat
+        return g.flat.add_(g_v, alpha=self.alpha * norm / kept)

@@ -4,13 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
 from composer_sassha.common.tensors import global_norm
-from composer_sassha.perturbations.base import Perturbation, Point, ratio
+from composer_sassha.perturbations.base import (
+    Descent,
+    Displacement,
+    Perturbation,
+    Point,
+    Program,
+    ratio,
+)
 
 
 @dataclass
@@ -27,10 +33,11 @@ class MSAMPerturbation(Perturbation):
         TypeError, ValueError: `rho` is not a finite number >= 0.
 
     Example:
+        >>> import torch
         >>> w = torch.zeros(2)
-        >>> point = Point([w], states=[{"momentum_buffer": torch.tensor([3.0, 4.0])}])
-        >>> MSAMPerturbation(rho=0.5).displace(point)
-        {'rho': 0.5, 'momentum_norm': 5.0}
+        >>> at = Point([w], states=[{"momentum_buffer": torch.tensor([3.0, 4.0])}])
+        >>> (descent,) = MSAMPerturbation(rho=0.5).step(at)
+        >>> descent.e.apply()
         >>> w
         tensor([-0.3000, -0.4000])
     """
@@ -43,18 +50,15 @@ class MSAMPerturbation(Perturbation):
         """Check the arguments; see `Perturbation`."""
         validate.number("MSAM", "rho", self.rho, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        moving = [
-            (p, m)
-            for p, state in zip(point.params, point.states, strict=True)
-            if (m := _momentum(state)) is not None
-        ]
+    def step(self, at: Point) -> Program:
+        """Yield one pass, at w + e; see `Perturbation.step`."""
+        found = [(p, _momentum(state)) for p, state in zip(at.params, at.states, strict=True)]
+        moving = [(p, m) for p, m in found if m is not None]
         params, momenta = [p for p, _ in moving], [m for _, m in moving]
-        norm = global_norm(momenta, point.shards)
-        if scale := ratio(self.rho, norm, params):
-            torch._foreach_add_(params, momenta, alpha=-scale)
-        return {"rho": self.rho, "momentum_norm": norm}
+        norm = global_norm(momenta, at.shards)
+        at.metrics |= {"rho": self.rho, "momentum_norm": norm}
+        yield Descent(Displacement(params, momenta, -ratio(self.rho, norm, params)))
+        return None
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum; see `Perturbation`."""

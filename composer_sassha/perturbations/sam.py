@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from composer_sassha.common import validate
-from composer_sassha.common.tensors import global_norm
-from composer_sassha.perturbations.base import Perturbation, Point, ratio
+from composer_sassha.perturbations.base import Ascent, Descent, Displacement, Perturbation, Point, Program
 
 
 @dataclass
@@ -25,9 +24,10 @@ class SAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
+        >>> from composer_sassha.perturbations.base import Gradient, displacement
         >>> w = torch.zeros(2)
-        >>> SAMPerturbation(rho=0.5).displace(Point([w], [torch.tensor([3.0, 4.0])]))
-        {'rho': 0.5, 'grad_norm': 5.0}
+        >>> g = Gradient([w], [torch.tensor([3.0, 4.0])])
+        >>> displacement(SAMPerturbation(rho=0.5), Point([w]), g).apply()
         >>> w
         tensor([0.3000, 0.4000])
     """
@@ -41,11 +41,11 @@ class SAMPerturbation(Perturbation):
         if self.p not in (2, math.inf) or isinstance(self.p, bool):
             raise ValueError(f"SAM: p={self.p!r} is not allowed; it must be 2 or inf")
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads, point.shards)
-        if self.p == math.inf and 0 < norm < math.inf:
-            torch._foreach_add_(list(point.params), torch._foreach_sign(list(point.grads)), alpha=self.rho)
-        elif self.p == 2 and (scale := ratio(self.rho, norm, point.params)):
-            torch._foreach_add_(list(point.params), list(point.grads), alpha=scale)
-        return {"rho": self.rho, "grad_norm": norm}
+    def step(self, at: Point) -> Program:
+        """Yield SAM's two passes; see `Perturbation.step`."""
+        g = yield Ascent()
+        e = at.towards(g, self.rho)
+        if self.p == math.inf and 0 < at.metrics["grad_norm"] < math.inf:
+            e = Displacement(g.params, torch._foreach_sign(g.tensors), self.rho)
+        yield Descent(e)
+        return None

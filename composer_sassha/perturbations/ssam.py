@@ -8,8 +8,7 @@ from torch.distributed import ProcessGroup
 
 from composer_sassha.common import validate
 from composer_sassha.common.tensors import euclidean_norms
-from composer_sassha.perturbations.base import Perturbation, Point
-from composer_sassha.perturbations.sam import SAMPerturbation
+from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program
 
 
 @dataclass
@@ -25,9 +24,8 @@ class SSAMPerturbation(Perturbation):
         TypeError, ValueError: `rho` is not a finite number >= 0.
 
     Example:
-        >>> import torch
-        >>> SSAMPerturbation().combine(ascent=torch.tensor([0.0, 1.0]), descent=torch.tensor([3.0, 4.0]))[0]
-        tensor([0.6000, 0.8000])
+        >>> SSAMPerturbation(rho=0.1)
+        SSAMPerturbation(rho=0.1)
     """
 
     mixes = True
@@ -38,15 +36,11 @@ class SSAMPerturbation(Perturbation):
         """Check the arguments; see `Perturbation`."""
         validate.number("SSAM", "rho", self.rho, low=0)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        return SAMPerturbation(self.rho).displace(point)
-
-    def combine(
-        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
-    ) -> tuple[Tensor, None]:
-        """Return the renormalized gradient; see `Perturbation`."""
-        return renormalized(descent, ascent, shards), None
+    def step(self, at: Point) -> Program:
+        """Yield both passes and return the renormalized gradient; see `Perturbation.step`."""
+        g = yield Ascent(keeps=True)
+        g_p = yield Descent(at.towards(g, self.rho))
+        return renormalized(g_p.flat, g.flat, at.shards)
 
 
 def renormalized(vector: Tensor, like: Tensor, shards: ProcessGroup | None = None) -> Tensor:

@@ -3,13 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.distributed import ProcessGroup
-
 from composer_sassha.common import validate
-from composer_sassha.common.tensors import global_norm
-from composer_sassha.perturbations.base import Perturbation, Point
+from composer_sassha.perturbations.base import Ascent, Descent, Displacement, Perturbation, Point, Program
 from composer_sassha.perturbations.ssam import renormalized
 
 
@@ -26,9 +21,11 @@ class USAMPerturbation(Perturbation):
         TypeError, ValueError: an argument that is not allowed.
 
     Example:
+        >>> import torch
+        >>> from composer_sassha.perturbations.base import Gradient, displacement
         >>> w = torch.zeros(2)
-        >>> USAMPerturbation(rho=0.1).displace(Point([w], [torch.tensor([3.0, 4.0])]))
-        {'rho': 0.1, 'grad_norm': 5.0}
+        >>> g = Gradient([w], [torch.tensor([3.0, 4.0])])
+        >>> displacement(USAMPerturbation(rho=0.1), Point([w]), g).apply()
         >>> w
         tensor([0.3000, 0.4000])
     """
@@ -41,15 +38,10 @@ class USAMPerturbation(Perturbation):
         validate.number("USAM", "rho", self.rho, low=0)
         self.mixes = validate.boolean("USAM", "renormalize", self.renormalize)
 
-    def displace(self, point: Point) -> dict[str, float]:
-        """Move the weights by e; see `Perturbation`."""
-        norm = global_norm(point.grads, point.shards)
-        if 0 < norm < math.inf:
-            torch._foreach_add_(list(point.params), list(point.grads), alpha=self.rho)
-        return {"rho": self.rho, "grad_norm": norm}
-
-    def combine(
-        self, ascent: Tensor, descent: Tensor, shards: ProcessGroup | None = None
-    ) -> tuple[Tensor, None]:
-        """Return the renormalized gradient; see `Perturbation`."""
-        return renormalized(descent, ascent, shards), None
+    def step(self, at: Point) -> Program:
+        """Yield both passes, and return the renormalized gradient if that is asked for."""
+        g = yield Ascent(keeps=self.renormalize)
+        norm = g.norm()
+        at.metrics |= {"rho": self.rho, "grad_norm": norm}
+        g_p = yield Descent(Displacement(g.params, g.tensors, self.rho if 0 < norm < math.inf else 0.0))
+        return renormalized(g_p.flat, g.flat, at.shards) if self.renormalize else None

@@ -11,7 +11,14 @@ from composer_sassha.common import validate
 from composer_sassha.common.ranks import several
 from composer_sassha.common.rng import generator
 from composer_sassha.common.tensors import copy_into, copy_of, global_norm, restored
-from composer_sassha.perturbations import ASAMPerturbation, Perturbation, Point, SAMPerturbation
+from composer_sassha.perturbations import (
+    ASAMPerturbation,
+    Gradient,
+    Perturbation,
+    Point,
+    SAMPerturbation,
+)
+from composer_sassha.perturbations.base import displacement
 from composer_sassha.sharpness.hessian import Estimate, estimate
 from composer_sassha.sharpness.objective import Objective, Unfinished
 
@@ -37,8 +44,16 @@ def rise(objective: Objective, perturbation: Perturbation) -> float:
     """
     before, grads = objective.loss(), objective.like(objective.gradient())
     with restored(objective.params), torch.no_grad():
-        perturbation.displace(Point(objective.params, grads, names=objective.names))
+        _displace(objective, perturbation, grads)
         return objective.loss() - before
+
+
+def _displace(objective: Objective, perturbation: Perturbation, grads: Sequence[Tensor]) -> None:
+    names = dict(zip(objective.params, objective.names, strict=True))
+    at = Point(objective.params, name_of=names.get)
+    e = displacement(perturbation, at, Gradient(objective.params, grads))
+    if e is not None:
+        e.apply()
 
 
 def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> float:
@@ -70,8 +85,7 @@ def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> fl
         weights = copy_of(params)
         before, highest = objective.loss(), -math.inf
         for _ in range(steps):
-            point = Point(params, objective.like(objective.gradient()))
-            perturbation.displace(point)
+            _displace(objective, perturbation, objective.like(objective.gradient()))
             _project(params, weights, rho)
             highest = max(highest, objective.loss() - before)
     return highest

@@ -5,7 +5,7 @@ import torch
 from composer.algorithms import LayerFreezing
 
 from composer_sassha import MSAM, SAM, LookSAM, Sassha, ignore_own_entries
-from composer_sassha.optim.sharpness_aware import COUNTERS
+from composer_sassha.optim.counters import COUNTERS
 from tests.helpers import assert_same, copied, everything, trainer
 from tests.methods import adamw, sassha, sgd
 

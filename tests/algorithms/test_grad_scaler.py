@@ -23,8 +23,8 @@ from composer_sassha import (
     SharpnessAwareOptimizer,
     Sophia,
 )
-from composer_sassha.curvature import ESTIMATORS, LazyCurvature
-from composer_sassha.optim.sharpness_aware import HESSIAN_SCALE_GROWTH
+from composer_sassha.curvature import ESTIMATORS, Estimation, LazyCurvature
+from composer_sassha.optim.refresh import HESSIAN_SCALE_GROWTH
 from composer_sassha.perturbations import (
     GSAMPerturbation,
     LookSAMPerturbation,
@@ -181,7 +181,7 @@ def test_a_hessian_that_never_fits_ends_the_training(monkeypatch):
 def test_the_hessians_scale_grows_again():
     run = curved(interval=1)
     group = run.optimizer.param_groups[0]
-    run.optimizer._count(hessian_scale=4.0, hessian_scale_age=HESSIAN_SCALE_GROWTH - 2)
+    run.optimizer.counters.update(hessian_scale=4.0, hessian_scale_age=HESSIAN_SCALE_GROWTH - 2)
     run.step()
     assert (group["hessian_scale"], group["hessian_scale_age"]) == (4.0, HESSIAN_SCALE_GROWTH - 1)
     run.step()
@@ -201,14 +201,14 @@ def test_the_float16_estimate_is_float32s_but_for_rounding(name, gradient_scale)
         params = list(model.parameters())
         curvature, scaler = LazyCurvature(estimator=name), ClosureGradScaler("cpu", init_scale=gradient_scale)
         scales = {"gradient_scale": gradient_scale, "scale": 1024.0} if half else {}
-        curvature.begin(params, step=0, **scales)
+        estimation = Estimation(curvature, params, step=0, **scales)
         with torch.autocast("cpu", torch.float16, enabled=half):
             logits = model(x)
             loss = nn.functional.cross_entropy(logits, y)
-        attached = curvature.attach(loss, logits=logits, labels=y)
+        attached = estimation.attach(loss, logits=logits, labels=y)
         (scaler.scale(attached) if half else attached).backward()
         grads = torch.cat([p.grad.flatten() for p in params]) / (gradient_scale if half else 1)
-        diagonal, _ = curvature.finish()
+        diagonal, _ = estimation.finish()
         found.append((grads, torch.cat([h.flatten() for h in diagonal.values()])))
     for exact, half in zip(*found, strict=True):
         assert exact.dtype == half.dtype == torch.float32

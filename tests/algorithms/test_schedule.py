@@ -7,6 +7,7 @@ import torch
 from composer.core import Event
 from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingScheduler, LinearScheduler, LinearWithWarmupScheduler
+from torch.optim.lr_scheduler import OneCycleLR
 
 from composer_sassha import (
     ESAM,
@@ -21,7 +22,7 @@ from composer_sassha import (
     SharpnessAwareOptimizer,
 )
 from composer_sassha.perturbations import SAMPerturbation
-from tests.helpers import Spy, assert_same, everything, trainer
+from tests.helpers import Spy, assert_same, everything, network, trainer
 from tests.methods import adahessian, sassha, sgd
 
 # Composer steps its learning rate schedulers before it counts the batch: the rate is one batch behind.
@@ -224,3 +225,33 @@ def test_what_it_logs():
     run.close()
     for name in ("schedule/rho", "sharpness/rho"):
         assert [value for _, value in log.data[name]] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "algorithms", [lambda: [SAM(0.05), Schedule("rho", FollowLR())], lambda: [GSAM(0.05, 0.01)]]
+)
+def test_under_one_cycle_the_radius_follows_the_rate_to_its_peak(algorithms):
+    # Its initial_lr is a 25th of the largest rate.
+    log, rates = InMemoryLogger(), []
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def look(event, state, passes):
+        if event == Event.BATCH_START:
+            rates.append(state.optimizers[0].param_groups[0]["lr"])
+
+    run = trainer(
+        lambda params: base,
+        algorithms(),
+        model=model,
+        schedulers=OneCycleLR(base, max_lr=0.5, total_steps=9),
+        step_schedulers_every_batch=True,
+        loggers=[log],
+        callbacks=[Spy(look)],
+    )
+    run.fit()
+    run.close()
+    radii = [rho for _, rho in log.data["sharpness/rho"]]
+    low = 0.0 if len(algorithms()) == 2 else 0.01
+    assert radii == pytest.approx([low + (0.05 - low) * lr / 0.5 for lr in rates])
+    assert max(rates) > 0.4 and max(radii) <= 0.05

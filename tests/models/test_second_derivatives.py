@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from composer_sassha import SAM, LazyHessian, Sassha
 from composer_sassha.common.validate import SettingError
-from composer_sassha.curvature import ESTIMATORS, LazyCurvature
+from composer_sassha.curvature import ESTIMATORS, Estimation, LazyCurvature
 from tests.helpers import assert_same, copied, trainer
 from tests.methods import adahessian, sassha
 
@@ -139,10 +139,10 @@ def refresh(function, estimator="hutchinson", **settings):
     torch.manual_seed(4)
     w = nn.Parameter(torch.randn(32))
     curvature = LazyCurvature(estimator=estimator, **settings)
-    curvature.begin([w], step=0)
+    estimation = Estimation(curvature, [w], step=0)
     loss = (function(w) ** 2).sum() + (w**2).sum()
-    curvature.attach(loss).backward()
-    return w, curvature.finish()[0]
+    estimation.attach(loss).backward()
+    return w, estimation.finish()[0]
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -174,9 +174,9 @@ def test_functions_that_are_right_pass(function, second_derivative):
 def test_a_linear_loss_has_no_curvature():
     w = nn.Parameter(torch.ones(3))
     curvature = LazyCurvature()
-    curvature.begin([w], step=0)
-    curvature.attach((2 * w).sum()).backward()
-    assert torch.equal(curvature.finish()[0][w], torch.zeros(3)) and torch.equal(
+    estimation = Estimation(curvature, [w], step=0)
+    estimation.attach((2 * w).sum()).backward()
+    assert torch.equal(estimation.finish()[0][w], torch.zeros(3)) and torch.equal(
         w.grad, torch.full((3,), 2.0)
     )
 
@@ -218,7 +218,7 @@ def test_other_failures_pass_through(function, kind, message):
 @pytest.mark.parametrize("name", [*SAID, *SILENT])
 def test_the_advice_works(name):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("composer_sassha.curvature.lazy._warn_of_kinks", lambda loss: None)
+        patch.setattr("composer_sassha.curvature.estimation.warn_of_kinks", lambda loss: None)
         function = {**SAID, **SILENT}[name]
         torch.manual_seed(4)
         w = nn.Parameter(torch.randn(32))
@@ -231,9 +231,9 @@ def test_the_advice_works(name):
             yield loss()
 
         curvature = LazyCurvature(estimator="finite_difference")
-        curvature.begin([w], step=0)
-        curvature.attach(loss(), size=1, again=again).backward()
-        assert curvature.finish()[0][w].isfinite().all()
+        estimation = Estimation(curvature, [w], step=0)
+        estimation.attach(loss(), size=1, again=again).backward()
+        assert estimation.finish()[0][w].isfinite().all()
 
 
 class Block(nn.Module):

@@ -408,8 +408,8 @@ def test_a_hessian_that_is_not_finite_is_tried_again():
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y)
             optimizer.backward(loss)
-            if optimizer.curvature.active and step in bad_steps:
-                optimizer.curvature._total.fill_(math.nan)
+            if optimizer.refresh.estimation is not None and step in bad_steps:
+                optimizer.refresh.estimation._total.fill_(math.nan)
             return loss
 
         with warnings.catch_warnings():

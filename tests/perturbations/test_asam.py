@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from composer_sassha.perturbations import ASAMPerturbation, Point, SAMPerturbation
+from composer_sassha.perturbations import ASAMPerturbation, SAMPerturbation
 from tests.helpers import assert_same
-from tests.perturbations.points import DTYPES, NAMES, assert_displaces, norm, tensors
+from tests.perturbations.points import DTYPES, NAMES, assert_displaces, displace, norm, tensors
 
 
 def scales(w, eta):
@@ -35,19 +35,19 @@ def test_does_not_depend_on_the_scale_of_weights_in_the_loss():
     # For f(a w), the gradient is a times that at a w: the displacement of w is then 1 / a of that of a w.
     w, g, a = torch.tensor([3.0, -2.0]), torch.tensor([0.5, 4.0]), 8.0
     scaled = w / a
-    ASAMPerturbation(0.5, eta=0.0).displace(Point([w], [g.clone()], ["weight"]))
-    ASAMPerturbation(0.5, eta=0.0).displace(Point([scaled], [g * a], ["weight"]))
+    displace(ASAMPerturbation(0.5, eta=0.0), [w], [g.clone()], ["weight"])
+    displace(ASAMPerturbation(0.5, eta=0.0), [scaled], [g * a], ["weight"])
     torch.testing.assert_close(scaled * a, w)
 
 
 def test_without_a_weight_among_the_names_it_is_sam():
     ours, theirs = tensors(1), tensors(1)
     names = ["bias", "gamma", "scale", "beta"]
-    ASAMPerturbation(0.5).displace(Point(ours, tensors(2), names))
-    SAMPerturbation(0.5).displace(Point(theirs, tensors(2)))
+    displace(ASAMPerturbation(0.5), ours, tensors(2), names)
+    displace(SAMPerturbation(0.5), theirs, tensors(2))
     assert_same(ours, theirs)
 
 
 def test_without_names_says_how_to_give_them():
     with pytest.raises(RuntimeError, match=r"ASAM needs the parameters' names; .*named_parameters="):
-        ASAMPerturbation().displace(Point(tensors(1), tensors(2)))
+        displace(ASAMPerturbation(), tensors(1), tensors(2))

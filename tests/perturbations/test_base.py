@@ -7,7 +7,10 @@ import torch
 
 from composer_sassha.perturbations import (
     ASAMPerturbation,
+    Ascent,
+    Descent,
     ESAMPerturbation,
+    Gradient,
     GSAMPerturbation,
     LookSAMPerturbation,
     MSAMPerturbation,
@@ -18,7 +21,7 @@ from composer_sassha.perturbations import (
     USAMPerturbation,
 )
 from tests.helpers import assert_same
-from tests.perturbations.points import NAMES, tensors
+from tests.perturbations.points import NAMES, displace, tensors
 
 BIG = [
     SAMPerturbation(1e3),
@@ -44,7 +47,7 @@ def test_a_norm_of_zero_or_not_finite_displaces_by_nothing(perturbation, value):
     else:
         vectors[1][2] = value  # one entry is enough
     states = [{"exp_avg": v} for v in vectors]
-    metrics = perturbation.displace(Point(params, vectors, NAMES, states, {"lr": 0.1}))
+    metrics = displace(perturbation, params, vectors, NAMES, states, group={"lr": 0.1})
     assert_same(params, before)
     assert metrics["rho"] == 1e3
 
@@ -54,7 +57,7 @@ def test_displaces_in_place_and_by_much_if_rho_is_large(perturbation):
     params, vectors = tensors(1), tensors(2)
     before = [p.clone() for p in params]
     states = [{"exp_avg": v} for v in vectors]
-    perturbation.displace(Point(params, vectors, NAMES, states, {"lr": 0.1}))
+    displace(perturbation, params, vectors, NAMES, states, group={"lr": 0.1})
     assert max((p - w).abs().max() for p, w in zip(params, before, strict=True)) > 100
 
 
@@ -65,13 +68,13 @@ SUBNORMAL = 1e-40  # its square is zero in float32
 def test_tiny_gradients_displace_by_something_finite(perturbation):
     params = [torch.zeros(3)]
     vectors = [torch.full((3,), SUBNORMAL)]
-    perturbation.displace(Point(params, vectors, ["weight"], [{"exp_avg": vectors[0]}], {"lr": 0.1}))
+    displace(perturbation, params, vectors, ["weight"], [{"exp_avg": vectors[0]}], group={"lr": 0.1})
     assert params[0].isfinite().all()
 
 
 @pytest.mark.parametrize("perturbation", BIG, ids=repr)
 def test_no_parameters_at_all(perturbation):
-    assert perturbation.displace(Point([], [], ["none"]))["rho"] == 1e3
+    assert displace(perturbation, [], [], ["none"])["rho"] == 1e3
 
 
 @pytest.mark.parametrize(
@@ -150,16 +153,36 @@ def test_what_the_wrapper_has_to_know():
 )
 def test_a_norm_too_small_to_divide_by_displaces_by_nothing(perturbation, state):
     w = torch.zeros(1)
-    perturbation.displace(Point([w], [torch.tensor([1e-42])], names=["w"], states=[state]))
+    displace(perturbation, [w], [torch.tensor([1e-42])], names=["w"], states=[state])
     assert not w.any()
 
 
-def test_by_default_the_loss_gap_is_what_there_is_to_log():
-    class Plain(Perturbation):
-        def displace(self, point):
-            return {}
+class Plain(Perturbation):
+    """SAM at no distance, by the defaults of the base class."""
 
+    def step(self, at):
+        yield Ascent()
+        yield Descent()
+
+
+def test_by_default_the_loss_gap_is_what_there_is_to_log():
     assert Plain().metrics(0.5) == {"loss_gap": 0.5}
-    for unused in (Plain().combine, Plain().reuse):
-        with pytest.raises(NotImplementedError):
-            unused(torch.ones(1), torch.ones(1))
+
+
+def test_by_default_a_step_between_is_one_pass_at_w():
+    program = Plain().between(Point())
+    assert next(program) == Descent()
+    with pytest.raises(StopIteration) as end:
+        program.send(Gradient([]))
+    assert end.value.value is None
+
+
+def test_a_gradient_that_is_not_kept_is_gone_with_the_next_pass():
+    w = torch.zeros(2)
+    kept, gone = (Gradient([w], [torch.tensor([1.0, 2.0])]) for _ in range(2))
+    assert kept.flat.tolist() == [1.0, 2.0]
+    for g in (kept, gone):
+        g.release()
+    assert kept.flat.tolist() == [1.0, 2.0]
+    with pytest.raises(RuntimeError, match=r"yield Ascent\(keeps=True\) to keep it"):
+        gone.flat  # noqa: B018

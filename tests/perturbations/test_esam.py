@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from composer_sassha import ESAM
-from composer_sassha.perturbations import ESAMPerturbation, Point, SAMPerturbation
+from composer_sassha.perturbations import ESAMPerturbation, SAMPerturbation
 from composer_sassha.perturbations.esam import bernoulli, most_sensitive
 from tests.helpers import assert_same
-from tests.perturbations.points import DTYPES, assert_displaces, norm, tensors
+from tests.perturbations.points import DTYPES, assert_displaces, displace, norm, tensors
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -29,8 +29,8 @@ def test_displaces_a_share_by_sams_displacement_over_that_share(dtypes):
 
 def test_with_all_weights_it_is_sam():
     ours, theirs = tensors(1), tensors(1)
-    ESAMPerturbation(0.5, beta=1).displace(Point(ours, tensors(2)))
-    SAMPerturbation(0.5).displace(Point(theirs, tensors(2)))
+    displace(ESAMPerturbation(0.5, beta=1), ours, tensors(2))
+    displace(SAMPerturbation(0.5), theirs, tensors(2))
     assert_same(ours, theirs)
 
 
@@ -48,7 +48,7 @@ def test_the_mean_over_steps_is_sams_displacement():
     total = [torch.zeros_like(g_i) for g_i in g]
     for step in range(draws):
         e = [torch.zeros_like(g_i) for g_i in g]
-        ESAMPerturbation(rho, beta).displace(Point(e, [g_i.clone() for g_i in g], step=step))
+        displace(ESAMPerturbation(rho, beta), e, [g_i.clone() for g_i in g], step=step)
         torch._foreach_add_(total, e)
     for sum_of_e, g_i in zip(total, g, strict=True):
         sam = rho * g_i / norm(g)
@@ -59,7 +59,7 @@ def test_the_mean_over_steps_is_sams_displacement():
 
 def displacement(seed=0, step=0, rank=0):
     w = torch.zeros(1000)
-    ESAMPerturbation(seed=seed).displace(Point([w], [torch.ones(1000)], step=step, rank=rank))
+    displace(ESAMPerturbation(seed=seed), [w], [torch.ones(1000)], step=step, rank=rank)
     return w
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from composer_sassha.optim import SASSHA, AdaHessian, Sophia
-from composer_sassha.perturbations import MSAMPerturbation, Point
+from composer_sassha.perturbations import MSAMPerturbation
 from tests.helpers import assert_same
-from tests.perturbations.points import DTYPES, assert_displaces, norm, tensors
+from tests.perturbations.points import DTYPES, assert_displaces, displace, norm, tensors
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -27,7 +27,7 @@ def test_displaces_by_rho_against_the_momentum_of_all_parameters_together(dtypes
 @pytest.mark.parametrize("state", [{}, {"momentum_buffer": None}])
 def test_without_momentum_yet_nothing_moves(state):
     params = tensors(1)
-    metrics = MSAMPerturbation(rho=0.7).displace(Point(params, states=[state] * 4))
+    metrics = displace(MSAMPerturbation(rho=0.7), params, states=[state] * 4)
     assert_same(params, tensors(1))
     assert metrics == {"rho": 0.7, "momentum_norm": 0.0}
 
@@ -35,8 +35,8 @@ def test_without_momentum_yet_nothing_moves(state):
 def test_parameters_without_momentum_stay_and_do_not_count():
     params = [torch.zeros(2), torch.zeros(1), torch.zeros(1), torch.zeros(1)]
     some = {"momentum_buffer": torch.tensor([3.0, 0.0])}, {"momentum_buffer": torch.tensor([4.0])}
-    metrics = MSAMPerturbation(rho=0.5).displace(
-        Point(params, states=[some[0], {}, some[1], {"momentum_buffer": None}])
+    metrics = displace(
+        MSAMPerturbation(rho=0.5), params, states=[some[0], {}, some[1], {"momentum_buffer": None}]
     )
     expected = [[-0.3, 0.0], [0.0], [-0.4], [0.0]]
     for p, value in zip(params, expected, strict=True):
@@ -48,7 +48,7 @@ def test_a_state_without_momentum_is_named():
     with pytest.raises(
         RuntimeError, match="MSAM: the optimizer keeps no exp_avg or momentum_buffer, but step, sum"
     ):
-        MSAMPerturbation().displace(Point([torch.ones(1)], states=[{"step": 1, "sum": torch.ones(1)}]))
+        displace(MSAMPerturbation(), [torch.ones(1)], states=[{"step": 1, "sum": torch.ones(1)}])
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,5 @@ def test_an_optimizer_that_passes_keeps_what_is_perturbed_along(optimizer, argum
     base.step()
     before = p.detach().clone()
     with torch.no_grad():
-        MSAMPerturbation(rho=0.5).displace(Point([p], states=[base.state[p]]))
+        displace(MSAMPerturbation(rho=0.5), [p], states=[base.state[p]])
     torch.testing.assert_close(p.detach(), before - 0.5)

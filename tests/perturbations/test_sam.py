@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from composer_sassha.common.tensors import global_norm
-from composer_sassha.perturbations import Point, SAMPerturbation
-from tests.perturbations.points import DTYPES, assert_displaces, norm, tensors
+from composer_sassha.perturbations import SAMPerturbation
+from tests.perturbations.points import DTYPES, assert_displaces, displace, norm, tensors
 
 
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -28,13 +28,13 @@ def test_in_the_maximum_norm_displaces_every_entry_by_rho(dtypes):
 
 def test_in_the_maximum_norm_an_entry_without_a_gradient_stays():
     w = torch.ones(3)
-    SAMPerturbation(0.5, p=math.inf).displace(Point([w], [torch.tensor([2.0, 0.0, -1e-30])]))
+    displace(SAMPerturbation(0.5, p=math.inf), [w], [torch.tensor([2.0, 0.0, -1e-30])])
     assert w.tolist() == [1.5, 1.0, 0.5]
 
 
 def test_a_radius_of_zero_displaces_by_nothing():
     w = torch.tensor([0.1, 0.7])
-    SAMPerturbation(0).displace(Point([w], [torch.ones(2)]))
+    displace(SAMPerturbation(0), [w], [torch.ones(2)])
     assert torch.equal(w, torch.tensor([0.1, 0.7]))
 
 

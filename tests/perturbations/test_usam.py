@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from composer_sassha.perturbations import SSAMPerturbation, USAMPerturbation
-from tests.perturbations.points import DTYPES, assert_displaces, norm, tensors
+from tests.perturbations.points import DTYPES, assert_displaces, combine, norm, tensors
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -18,8 +18,8 @@ def test_displaces_by_rho_times_the_gradient(dtypes, renormalize):
 def test_renormalized_it_updates_as_stable_sam_does():
     torch.manual_seed(1)
     g, g_p = torch.randn(50), torch.randn(50)
-    update, remembered = USAMPerturbation(renormalize=True).combine(g, g_p.clone())
-    assert torch.equal(update, SSAMPerturbation().combine(g, g_p)[0]) and remembered is None
+    update, remembered = combine(USAMPerturbation(renormalize=True), g, g_p.clone())
+    assert torch.equal(update, combine(SSAMPerturbation(), g, g_p)[0]) and remembered is None
     torch.testing.assert_close(update.norm(), g.norm())
 
 

@@ -1,0 +1,141 @@
+"""When the Hessian is refreshed, and what becomes of the step if the estimate is not finite."""
+
+import contextlib
+import warnings
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from composer_sassha.curvature import Estimation, LazyCurvature, NormsInFloat32
+from composer_sassha.optim.counters import Counters
+from composer_sassha.optim.parameters import ParameterView
+
+# The Hessian's scale is doubled after this many refreshes without an overflow; each overflow halves it.
+HESSIAN_SCALE_GROWTH = 100
+HESSIAN_SCALE_MAX = 2.0**15
+
+# Abort after this many failed refreshes before the first success; each one skips its step.
+FAILURES_ALLOWED = 10
+
+
+class Outcome(Enum):
+    """What a step does with the Hessian."""
+
+    APPLIED = auto()  # a fresh estimate, or none was due
+    KEPT = auto()  # the refresh failed: the step goes on with the old estimate
+    SKIPPED = auto()  # the refresh failed and there is no estimate yet: the step is skipped
+
+
+class RefreshPolicy:
+    """Begins a due refresh, judges its result and hands it to the update rule.
+
+    Args:
+        curvature: how the diagonal is estimated, and how often; None: never.
+        counters: of the optimizer.
+    """
+
+    def __init__(self, curvature: LazyCurvature | None, counters: Counters) -> None:
+        self.curvature, self.counters = curvature, counters
+        self.estimation: Estimation | None = None  # of the running pass
+        self.failed = 0  # since this process began
+        self._looked = False  # for what the estimator cannot work with
+        self._failed_in_a_row = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming (or running) step refreshes the Hessian."""
+        return self.curvature is not None and self.curvature.due(
+            self.counters["steps_taken"], self.counters["last_refresh"]
+        )
+
+    def differentiable(self, scaler: GradScaler | None) -> contextlib.ExitStack:
+        """Run all passes of a refresh step as the estimator needs them: else dropout draws other masks."""
+        stack = contextlib.ExitStack()
+        if self.curvature is not None and self.due:
+            if self.curvature.needs.second_order:  # fused attention has no second derivative
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if scaler is not None:
+                    stack.enter_context(NormsInFloat32())
+            if self.curvature.needs.eager:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return stack
+
+    def begin(self, view: ParameterView, scaler: GradScaler | None) -> None:
+        """Estimate in the coming pass if a refresh is due."""
+        if self.curvature is None or not self.due:
+            return
+        mine, every = set(view.trainable), view.model.parameters() if view.model is not None else ()
+        self.estimation = Estimation(
+            self.curvature,
+            view.trainable,
+            self.counters["steps_taken"],
+            [p for p in every if p.requires_grad and p not in mine],
+            gradient_scale=1.0 if scaler is None else scaler.get_scale(),
+            scale=self._scale(scaler),
+            model=view.model,
+            look=not self._looked,
+        )
+        self._looked = True
+
+    def finish(self, rule: Any, scaler: GradScaler | None, metrics: dict[str, Any]) -> Outcome:
+        """Hand a refreshed diagonal to the update rule.
+
+        Args:
+            rule: the base optimizer, with `update_curvature`.
+            scaler: of the running step.
+            metrics: where to log.
+
+        Raises:
+            RuntimeError: no refresh succeeded in the first `FAILURES_ALLOWED` steps.
+        """
+        if self.estimation is None:
+            return Outcome.APPLIED
+        refreshes = self.counters["refreshes"]
+        diagonal, found = self.estimation.finish()
+        if diagonal is None:
+            self.failed += 1
+            metrics["failed_refreshes"] = self.failed
+            self._back_off(scaler, refreshes)
+            return Outcome.KEPT if refreshes else Outcome.SKIPPED
+        self._failed_in_a_row = 0
+        if scaler is not None:
+            self._grow(scaler)
+        rule.update_curvature(diagonal)
+        self.counters.update(last_refresh=self.counters["steps_taken"], refreshes=refreshes + 1)
+        metrics.update(found, refreshes=refreshes + 1)
+        return Outcome.APPLIED
+
+    def end(self) -> None:
+        """Forget the running estimate, however the step ended."""
+        self.estimation = None
+
+    def _back_off(self, scaler: GradScaler | None, refreshes: int) -> None:
+        if (scale := self._scale(scaler)) > 1:
+            self.counters.update(hessian_scale=scale / 2, hessian_scale_age=0)
+            return
+        self._failed_in_a_row += 1
+        if not refreshes and self._failed_in_a_row >= FAILURES_ALLOWED:
+            half = (
+                "; or the second derivative of some operation does not fit float16: use "
+                "estimator='gauss_newton' or precision='amp_bf16'"
+            )
+            raise RuntimeError(
+                f"the Hessian estimate was not finite on the first {self._failed_in_a_row} steps: nothing "
+                "can be trained; look for a loss that is not finite, or for an infinite second derivative "
+                f"(the root or the norm of 0){'' if scaler is None else half}"
+            )
+        warnings.warn(
+            "the Hessian estimate is not finite; the refresh is tried again on the next step", stacklevel=4
+        )
+
+    def _grow(self, scaler: GradScaler) -> None:
+        scale, age = self._scale(scaler), self.counters["hessian_scale_age"] + 1
+        if age == HESSIAN_SCALE_GROWTH:
+            scale, age = min(2 * scale, HESSIAN_SCALE_MAX), 0
+        self.counters.update(hessian_scale=scale, hessian_scale_age=age)
+
+    def _scale(self, scaler: GradScaler | None) -> float:
+        return self.counters["hessian_scale"] if scaler is not None else 1.0
