@@ -16,7 +16,8 @@ from composer.loggers import InMemoryLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import composer_sassha
-from composer_sassha import SASSHA, Sassha
+from composer_sassha import SASSHA, Sassha, SharpnessAwareOptimizer
+from composer_sassha.perturbations import SAMPerturbation
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.files import bundled_recipes
 from tests.commands import compare
@@ -36,7 +37,7 @@ def blocks(text, language):
 
 
 SCRIPT, MONITOR = blocks(README, "python")
-(LOOP,) = blocks(TEXTS["composer_sassha/optim/README.md"], "python")
+LOOP, METHOD = blocks(TEXTS["composer_sassha/optim/README.md"], "python")
 (LONG_MONITOR,) = blocks(TEXTS["composer_sassha/sharpness/README.md"], "python")
 
 
@@ -134,6 +135,27 @@ def test_measured_numbers_of_the_readme_are_in_the_results():
     measured += README[README.index("## Results") : README.index("## Limits")]
     numbers = set(re.findall(r"\d+\.\d{2,}", measured))
     assert len(numbers) > 20 and [number for number in numbers if number not in results] == []
+
+
+def test_the_method_that_is_written_there_is_sam():
+    names = {}
+    exec(METHOD, names)
+    ends = []
+    for perturbation in (names["SAM"](), SAMPerturbation(rho=0.05)):
+        model = network().module
+        optimizer = SharpnessAwareOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), perturbation, model=model
+        )
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 2, 5, 5)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        ends.append(copied(model.state_dict()))
+    assert_same(*ends)
 
 
 def test_every_fault_has_its_test():

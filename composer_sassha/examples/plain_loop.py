@@ -34,10 +34,10 @@ def main(epochs: int = 10, batch_size: int = 64, microbatch: int = 32) -> float:
                 optimizer.zero_grad()
                 total = 0.0
                 for part in batch.split(microbatch):
-                    # Weighted by samples, so that a short last microbatch counts for what it holds.
-                    loss = cross_entropy(model(images[part]), labels[part]) * len(part) / len(batch)
-                    optimizer.backward(loss)  # loss.backward(), and the Hessian on every tenth step
-                    total += loss.item()
+                    loss, weight = cross_entropy(model(images[part]), labels[part]), len(part) / len(batch)
+                    # (weight * loss).backward(), and the Hessian on every tenth step.
+                    optimizer.backward(loss, weight)
+                    total += weight * loss.item()
                 return total
 
             optimizer.step(closure)
