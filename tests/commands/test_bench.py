@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.commands import bench, train
-from tests.distributed.launch import finish, start
+from tests.distributed.launch import finish, launches, start
 
 MISTAKES = [
     # arguments, and what the line on standard error must contain
@@ -228,6 +228,7 @@ def plan_in(folder: Path) -> None:
         sys.exit(bench(arguments))
 
 
+@launches
 def test_two_ranks_print_what_is_predicted_and_measured(tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

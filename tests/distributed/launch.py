@@ -23,6 +23,7 @@ from composer.utils import collect_env, dist, get_free_tcp_port
 from torchmetrics import MetricCollection
 
 launches = pytest.mark.xdist_group("launch")
+_IMPORTED = frozenset(sys.modules)  # what a process had imported before this module
 
 # The processes
 
@@ -32,10 +33,18 @@ def server() -> Any:
     """Start the process that ranks are forked from: it has imported everything and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.warm"])
-    first = context.Process(target=int)
-    first.start()
+    first = context.Process(target=_is_warm)
+    with pytest.MonkeyPatch.context() as patch:
+        # The server ignores this process's sys.path, and a module that it cannot import (Python 3.11).
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+        first.start()
     first.join()
+    assert first.exitcode == 0, "every rank would import everything anew"
     return context
+
+
+def _is_warm() -> None:
+    assert "tests.distributed.warm" in _IMPORTED
 
 
 def start(

@@ -19,7 +19,7 @@ from composer_sassha.common.validate import SettingError
 from composer_sassha.recipes.config import load_recipe
 from composer_sassha.recipes.run import train_recipe
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
-from tests.distributed.launch import assert_passed, launch
+from tests.distributed.launch import assert_passed, launch, launches
 from tests.helpers import Injected, assert_same, copied, everything, images, method_trainer, network, trainer
 from tests.methods import NAMED, sgd
 from tests.sharpness.worker import CHECKS, main
@@ -354,6 +354,7 @@ def on_two_ranks(tmp_path_factory):
     return out, launch(main, out)
 
 
+@launches
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(check, on_two_ranks):
     assert_passed(check, *on_two_ranks)
