@@ -1,16 +1,13 @@
 """One estimating pass: the diagonal is gathered on the way of an ordinary backward."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from composer_sassha.common.ranks import average_, rank, world_size
 from composer_sassha.common.sharding import forget_copies, local, shards_of
-from composer_sassha.common.tensors import unflatten, wide_dtype
 from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.delivery import stand_in
 from composer_sassha.curvature.estimators import Again, Evaluation, Microbatch
@@ -23,6 +20,7 @@ from composer_sassha.curvature.gradients import (
 )
 from composer_sassha.curvature.hutchinson import differentiable_gradients
 from composer_sassha.curvature.lazy import LazyCurvature
+from composer_sassha.curvature.weighted_sum import WeightedSum
 
 
 class Estimation:
@@ -78,18 +76,10 @@ class Estimation:
         if self._shards is not None and (reason := settings.whole_only):
             raise SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
-        self._parts = local(params)  # what this rank holds of each: of a whole parameter, all of it
         self._scale, self._gradient_scale, self._model = scale, gradient_scale, model
         self._look = look and self.needs.smooth
-        self._uses = [0] * len(params)
-        # One flat tensor, so that one collective averages it: the diagonal, and how often each parameter was
-        # used.
-        size = sum(p.numel() for p in self._parts) + len(params)
-        self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
+        self._sum = WeightedSum(self._params, self._shards)
         self._attached = self._delivered = self._samples_seen = 0
-        # Weights that backward brought along: of the whole batch, and of the samples estimated on.
-        self._weight: Tensor | float = 0.0
-        self._weight_estimated: Tensor | float = 0.0
 
     def attach(
         self,
@@ -146,12 +136,12 @@ class Estimation:
         # Parameters that the loss does not use stay unconnected, as DDP's find_unused_parameters expects.
         used = [p for p, grad in zip(everyone, all_grads, strict=True) if grad is not None]
         grads = [grad.detach() for grad in all_grads if grad is not None]
-        share = 1.0 if part is None or size is None else part / size
+        fraction = 1.0 if part is None or size is None else part / size
 
         def weigh(weight: Tensor) -> None:
-            weight = weight.reshape(())
-            # Only now is the microbatch's weight known.
-            self._add(diagonals, own, weight / self._gradient_scale, share)
+            weight = weight.reshape(())  # only now is it known
+            self._skip(weight)
+            self._sum.add(diagonals, own, weight / self._gradient_scale * fraction)
             grads[:] = torch._foreach_mul(grads, weight)
 
         return stand_in(loss, used, grads, weigh)
@@ -190,7 +180,7 @@ class Estimation:
                 "LazyHessian: FSDP2 has averaged no gradient; on steps that refresh the Hessian it is to do "
                 "so in every backward: model.set_requires_gradient_sync(True)"
             )
-        self._gather([diagonals[i] for i in used], used, mean)
+        self._sum.add([diagonals[i] for i in used], used, mean)
         loss = evaluation.loss.clone()
         loss.register_hook(self._skip)
         return loss
@@ -253,64 +243,22 @@ class Estimation:
             refuse_half_precision(loss)
             warn_of_kinks(loss)
 
-    def _add(self, diagonals: list[Tensor], own: list[int], weight: Tensor, share: float) -> None:
-        self._delivered += 1
-        self._weight = self._weight + weight
-        self._gather(diagonals, own, weight * share)
-
-    def _gather(self, diagonals: list[Tensor], own: list[int], weight: Tensor) -> None:
-        self._weight_estimated = self._weight_estimated + weight
-        if own:
-            diagonal, _ = self._split(self._total)
-            scaled = torch._foreach_mul(diagonals, weight)
-            torch._foreach_add_([diagonal[i] for i in own], list(scaled))
-        for i in own:
-            self._uses[i] += 1
-
     def _skip(self, weight: Tensor) -> None:
         self._delivered += 1
-        self._weight = self._weight + weight.reshape(()) / self._gradient_scale
-
-    def _split(self, total: Tensor) -> tuple[list[Tensor], Tensor]:
-        entries = total.numel() - len(self._parts)
-        return unflatten(total[:entries], self._parts), total[entries:]
+        self._sum.batch_weight += weight.reshape(()) / self._gradient_scale
 
     def finish(self) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
-        """Average the estimate over the ranks.
-
-        Returns:
-            The diagonal by parameter, without those that the pass did not use, or None if it is not finite;
-            and what to log about it.
+        """Average the estimate over the ranks; see `WeightedSum.average`.
 
         Raises:
             RuntimeError: a loss of this pass did not come by `attach`, or its backward was not called.
         """
-        total, params, shards = self._total, self._params, self._shards
         if not self._attached or self._delivered != self._attached:
             raise RuntimeError(
                 f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
-        diagonal, counts = self._split(total)
-        if shards is not None:
-            average_(torch.as_tensor(self._weight))
-        if (
-            shards is not None or self.settings.batch_fraction < 1
-        ):  # as if what was estimated on were the whole batch
-            total.mul_(self._weight / self._weight_estimated)
-        counts.copy_(torch.tensor(self._uses))
-        if shards is None:
-            average_(total)
-        entries = total[: -len(params)]
-        # One read-out: the sum tells whether all entries are finite.
-        sums = torch.stack([entries.abs().sum(), (entries < 0).sum(), total.new_tensor(entries.numel())])
-        if shards is not None:
-            dist.all_reduce(sums, group=shards.group)
-        magnitude, negative, number, *used = torch.cat([sums, counts]).tolist()
-        if not math.isfinite(magnitude):
-            return None, {}
-        measured = {p: h for p, h, count in zip(params, diagonal, used, strict=True) if count > 0}
-        return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
+        return self._sum.average(of_a_part=self.settings.batch_fraction < 1)
 
 
 def _what_a_fraction_needs(batch_fraction: float) -> str:

@@ -112,12 +112,15 @@ class Driver:
             The loss of the seen pass, that of the last pass, and the update (None: the gradients in place).
             Both losses are None if a pass overflowed.
         """
+        with contextlib.closing(program):
+            return self._run(program)
+
+    def _run(self, program: Program) -> tuple[Any, Any, Tensor | None]:
         seen, gradient = None, Gradient([])
         wanted: Pass = next(program)
         while True:
             loss = self._pass(wanted, gradient)
             if loss is None:
-                program.close()
                 return None, None, None
             ascends = isinstance(wanted, Ascent)
             if ascends:

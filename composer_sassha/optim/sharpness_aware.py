@@ -130,21 +130,10 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         """When and how the Hessian diagonal is estimated; None: never."""
         return self.refresh.curvature
 
-    @property
-    def failed_refreshes(self) -> int:
-        """Refreshes that were not finite, since this process began."""
-        return self.refresh.failed
-
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        settings = {
-            "perturbation": self.perturbation,
-            "interval": self.interval,
-            "curvature": self.curvature,
-            "model": self.model,
-            "sync_ascent": self.sync_ascent,
-            "named_parameters": [(name, p) for p, name in self._names.items()],
-            "partial_ascent": self.partial_ascent,
-        }
+        names = ("perturbation", "interval", "curvature", "model", "sync_ascent", "partial_ascent")
+        settings = {name: getattr(self, name) for name in names}
+        settings["named_parameters"] = [(name, p) for p, name in self._names.items()]
         return _rebuild, (self.base_optimizer, settings, self.skipped_steps)
 
     def __repr__(self) -> str:
@@ -179,8 +168,8 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             a partial ascent, and with MSAM), the loss at w + e.
 
         Raises:
-            RuntimeError: there is no closure. Only with all learning rates at 0 may it be left out: a
-                checkpoint is loaded so, to have the optimizer's state made.
+            RuntimeError: there is no closure, and a learning rate is not 0. Loading a checkpoint steps with
+                all of them at 0 and without a closure, to create the optimizer's state.
         """
         if closure is None:
             if any(group["lr"] != 0 for group in self.param_groups):
@@ -192,9 +181,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             return None
 
         if not self._checked:
-            several = self.curvature is not None or (
-                self.perturbation is not None and self.perturbation.ascends
-            )
+            several = self.curvature is not None or getattr(self.perturbation, "ascends", False)
             check_training(self.base_optimizer, self._view().all, self.runner.model, several)
             self._checked = True
         self.metrics = {}
@@ -274,9 +261,9 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             scaler: scales the loss, not yet scaled, for float16.
             estimation: what the estimator needs beside the loss; see `Estimation.attach`.
         """
-        loss = self.attach(loss, **estimation)
-        loss = loss if weight == 1 else loss * weight
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        attached = self.attach(loss, **estimation)
+        weighted = attached if weight == 1 else attached * weight
+        (weighted if scaler is None else scaler.scale(weighted)).backward()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""

@@ -1,0 +1,84 @@
+"""The sum over microbatches and ranks that an estimate of the diagonal is."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from composer_sassha.common.ranks import average_
+from composer_sassha.common.sharding import Shards, local
+from composer_sassha.common.tensors import unflatten, wide_dtype
+
+
+class WeightedSum:
+    """Adds up diagonals with weights, and averages them over the ranks.
+
+    Args:
+        params: the parameters whose diagonal is wanted, at least one.
+        shards: the ranks that hold the other parts of sharded parameters; None: they are whole.
+
+    Attributes:
+        batch_weight: of the whole batch, as the backwards bring it along.
+    """
+
+    def __init__(self, params: Sequence[Tensor], shards: Shards | None) -> None:
+        self._params, self._shards = params, shards
+        self._parts = local(params)  # what this rank holds of each: of a whole parameter, all of it
+        # One flat tensor, so that one collective averages it: the diagonal, and each parameter's uses.
+        size = sum(p.numel() for p in self._parts) + len(params)
+        self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
+        self._uses = [0] * len(params)
+        self.batch_weight: Tensor | float = 0.0
+        self._estimated_weight: Tensor | float = 0.0  # of the samples that were estimated on
+
+    def add(self, diagonals: Sequence[Tensor], own: Sequence[int], weight: Tensor) -> None:
+        """Add an estimate.
+
+        Args:
+            diagonals: of the parameters that were used.
+            own: their positions.
+            weight: of the samples that were estimated on.
+        """
+        self._estimated_weight = self._estimated_weight + weight
+        if own:
+            entries, _ = self._split()
+            scaled = torch._foreach_mul(list(diagonals), weight)
+            torch._foreach_add_([entries[i] for i in own], list(scaled))
+        for i in own:
+            self._uses[i] += 1
+
+    def average(self, of_a_part: bool) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
+        """Average the sum over the ranks; once.
+
+        Args:
+            of_a_part: not all samples were estimated on; they count as if they were the whole batch.
+
+        Returns:
+            The diagonal by parameter, without those that the pass did not use, or None if it is not finite;
+            and what to log about it.
+        """
+        total, shards = self._total, self._shards
+        diagonal, counts = self._split()
+        if shards is not None:
+            average_(torch.as_tensor(self.batch_weight))
+        if shards is not None or of_a_part:
+            total.mul_(self.batch_weight / self._estimated_weight)
+        counts.copy_(torch.tensor(self._uses))
+        if shards is None:
+            average_(total)
+        entries = total[: -len(self._params)]
+        # One read-back: the sum tells whether all entries are finite.
+        sums = torch.stack([entries.abs().sum(), (entries < 0).sum(), total.new_tensor(entries.numel())])
+        if shards is not None:
+            dist.all_reduce(sums, group=shards.group)
+        magnitude, negative, number, *used = torch.cat([sums, counts]).tolist()
+        if not math.isfinite(magnitude):
+            return None, {}
+        measured = {p: h for p, h, count in zip(self._params, diagonal, used, strict=True) if count > 0}
+        return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
+
+    def _split(self) -> tuple[list[Tensor], Tensor]:
+        entries = self._total.numel() - len(self._parts)
+        return unflatten(self._total[:entries], self._parts), self._total[entries:]
