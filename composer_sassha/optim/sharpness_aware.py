@@ -143,7 +143,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
     @property
     def steps_taken(self) -> int:
         """Steps taken so far, skipped ones not counted; saved with the optimizer's state."""
-        return self.param_groups[0]["steps_taken"]
+        return int(self.counters["steps_taken"])
 
     def ascent_due(self) -> bool:
         """Whether the coming (or running) step is a perturbed one."""
