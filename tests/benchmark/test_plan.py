@@ -67,7 +67,7 @@ def test_a_prediction_by_hand() -> None:
     assert one.size == one.collectives == one.communication == 0
 
 
-def test_both_gradients_of_a_synchronized_ascent_overlap_with_their_own_backward() -> None:
+def test_each_gradient_of_a_synchronized_ascent_overlaps() -> None:
     kinds, link = Counter([Kind(True)]), Link(bandwidth=100.0, latency=0.0)
     moved = [Collective(f"{which}gradient", size) for which in ("ascent ", "") for size in (300, 100)]
     timings = {Kind(True): Timing(step=20.0, backward=4.0)}
@@ -129,7 +129,7 @@ def test_only_trainable_parameters_of_the_optimizer_count() -> None:
     run.close()
 
 
-def test_bfloat16_gradients_travel_as_they_are_and_are_mixed_in_float32() -> None:
+def test_bfloat16_gradients_travel_so_and_are_mixed_in_float32() -> None:
     model = network().to(torch.bfloat16)
     run = trainer(sgd, [GSAM(0.1)], model=model)
     (optimizer,) = run.state.optimizers

@@ -1,11 +1,14 @@
 """The commands as functions: each takes its arguments and returns the exit status."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from composer_sassha.commands import main
 
@@ -26,6 +29,18 @@ def inspect(arguments: Sequence[str]) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     return main(["bench", *arguments])
+
+
+def undraw(patch: pytest.MonkeyPatch) -> None:
+    """Save every figure as one pixel: drawing takes most of the time of a short run or a report."""
+    pixel = io.BytesIO()
+    Image.new("1", (1, 1)).save(pixel, "png")
+
+    def save(figure: Figure, file: Any, **settings: Any) -> None:
+        write = file.write if isinstance(file, io.BytesIO) else Path(file).write_bytes
+        write(pixel.getvalue())
+
+    patch.setattr(Figure, "savefig", save)
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

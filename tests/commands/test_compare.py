@@ -31,7 +31,8 @@ from composer_sassha.comparison.pareto import Outcome, pareto_front, plot_pareto
 from composer_sassha.recipes.config import Recipe
 from composer_sassha.recipes.files import bundled_recipes
 from composer_sassha.recipes.metrics import METRICS, ranked
-from tests.commands import compare, train
+from tests.commands import SMALL, compare, train
+from tests.distributed.launch import launches
 
 REPORT = {"table.md", "table.csv", "curves.png", "frontier.png", "report.html"}
 MISTAKES = [
@@ -141,10 +142,12 @@ def test_help_comes_without_importing_torch() -> None:
     assert "--methods A,B" in done.stdout and "--table" in done.stdout
 
 
+@launches
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_reports_a_failing_run_and_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = ["max_duration=2ep", "save_interval=1ep", "progress_bar=false"]
+    quick = [*SMALL, "max_duration=2ep", "save_interval=1ep"]
     command = ["digits", "--methods", "sgd,sam", "--seeds", "0,1", "--jobs", "2", *quick]
     grid = load_grid("digits", ["sgd", "sam"], [0, 1], quick)
     for recipe, accuracy in zip(grid[:-1], (0.2, 0.3, 0.25), strict=True):
@@ -168,7 +171,7 @@ def test_a_comparison_reports_a_failing_run_and_goes_on(
     log = Path("runs/digits/sam/seed1.log")
     assert err == f"sam seed 1 failed: out of luck (all of its output: {log})\n"
     assert log.read_text() == "out of luck\n"
-    assert "1/1 sam seed 1: failed" in out and "- Missing: sam seed 1 (unfinished, 22 steps)." in out
+    assert "1/1 sam seed 1: failed" in out and "- Missing: sam seed 1 (unfinished, 10 steps)." in out
     assert {path.name for path in runs.iterdir()} == {"sgd", "sam", *REPORT}
 
     assert compare(command) == 0
@@ -273,6 +276,7 @@ def test_equal_accuracies_are_told_apart_by_the_loss(
     assert "- No test, as the seeds do not vary: sgd." in out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_shall_be_low_is_ranked_the_other_way(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     perplexities = {"sgd": [5.0, 5.2, 5.1], "sam": [4.0, 4.1, 4.2], "asam": [4.2, 3.9, 4.5]}
     pretend_grid(perplexities)
@@ -359,7 +363,7 @@ def test_settings_that_should_be_the_same_are_warned_of(
     assert "warning" not in out and "All other settings are the same" in out and "published" not in out
 
 
-def test_algorithms_that_make_no_method_and_tuning_should_be_every_methods(
+def test_other_algorithms_and_tuning_should_be_every_methods(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = OmegaConf.to_container(OmegaConf.load(bundled_recipes()["digits"]))
@@ -410,7 +414,7 @@ def test_a_number_of_tuning_runs_does_not_make_another_run(
     assert table(capsys.readouterr().out)["sgd"]["seeds"] == "1"
 
 
-def test_callbacks_make_neither_another_run_nor_an_unfair_comparison(
+def test_callbacks_make_no_other_run_and_no_unfair_comparison(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = OmegaConf.to_container(OmegaConf.load(bundled_recipes()["digits"]))
@@ -478,6 +482,7 @@ def test_a_run_with_other_settings_is_refused(folder: Path, capsys: pytest.Captu
         assert "sgd/seed0" in message and "optimizer.lr (0.3 there, 0.7 here)" in message
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_recipe_without_methods_is_one_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretend_grid({"sam": [0.9, 0.92]})
     config = "runs/digits/sam/seed0/config.yaml"
@@ -590,6 +595,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@launches
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_job_ends_with_the_process_that_started_it(sent: signal.Signals, folder: Path) -> None:
@@ -609,6 +615,7 @@ def test_a_job_ends_with_the_process_that_started_it(sent: signal.Signals, folde
 
 
 @pytest.mark.slow
+@launches
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_training_outlives_its_comparison(sent: signal.Signals, folder: Path) -> None:
@@ -654,7 +661,7 @@ def test_curves_of_many_methods_can_be_told_apart() -> None:
     assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["epochs", "seconds in training steps"]
 
 
-def test_relative_times_are_the_processors_where_all_runs_are_alone_on_one(
+def test_relative_times_are_the_processors_where_all_have_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def costs() -> dict[str, str]:
