@@ -1,6 +1,9 @@
 """The equations of the predictions, and what they are made of."""
 
+import os
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +11,12 @@ from composer.models import ComposerClassifier
 from torch import nn
 
 from composer_sassha import GSAM, MSAM, SAM, LazyHessian, LookSAM, MSassha, Sassha
+from composer_sassha.benchmark import plan, plan_timing
 from composer_sassha.benchmark.collectives import Collective, traffic
 from composer_sassha.benchmark.link import Link
+from composer_sassha.benchmark.plan_timing import TimedMethod
 from composer_sassha.benchmark.prediction import exposed, predict
+from composer_sassha.benchmark.selection import chosen_recipes
 from composer_sassha.benchmark.steps import Kind, Timing, schedule
 from tests.helpers import network, trainer
 from tests.methods import sassha, sgd
@@ -72,6 +78,32 @@ def test_each_gradient_of_a_synchronized_ascent_overlaps() -> None:
     moved = [Collective(f"{which}gradient", size) for which in ("ascent ", "") for size in (300, 100)]
     timings = {Kind(True): Timing(step=20.0, backward=4.0)}
     assert predict(timings, {Kind(True): moved}, kinds, link, ranks=2).waiting == pytest.approx(2 * 3)
+
+
+def test_two_ranks_are_timed_alone_and_then_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone on their parts of the batch; each time it is the slower rank that counts."""
+    asked = []
+
+    def timed(recipes: Mapping[str, Any], steps: int) -> dict[str, TimedMethod]:
+        asked.append((os.environ.get("WORLD_SIZE"), recipes["sgd"].data.batch_size, steps))
+        timings = {Kind(): Timing(0.010 * len(asked))}
+        return {
+            "sgd": TimedMethod(timings, Counter([Kind()]), {Kind(): [Collective("gradient", 1000)]}, 1000)
+        }
+
+    def gathered(found: dict[str, dict[Kind, Timing]]) -> list[dict[str, dict[Kind, Timing]]]:
+        return [found, {"sgd": {Kind(): Timing(1.5 * found["sgd"][Kind()].step)}}]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(plan, "time_methods", timed)
+    monkeypatch.setattr(plan.dist, "initialize_dist", lambda device: None)
+    monkeypatch.setattr(plan_timing.dist, "all_gather_object", gathered)
+    lines = plan.plan_lines(chosen_recipes("digits", (), ["sgd"]), 2, Link(1e6, 0.0), steps=7)
+    assert asked == [(None, 64, 7), ("2", 128, 7)]
+    method, alone, _, _, communication, waiting, step, _, measured, _, off = lines[1].split()[-11:]
+    # 1000 bytes take 1 ms; 16 of 30 ms are predicted.
+    assert (method, alone, communication, waiting) == ("sgd", "15.00", "1.00", "1.00")
+    assert (step, measured, off) == ("16.00", "30.00", "+0%")
 
 
 # What is looked at
