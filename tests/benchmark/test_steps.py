@@ -14,12 +14,19 @@ from composer_sassha.benchmark.selection import chosen_recipes
 from composer_sassha.benchmark.speed import Times, median_interval, race, ratio
 from composer_sassha.benchmark.steps import Kind, Stepper, Timing, stepper_of
 from composer_sassha.recipes.config import Recipe
+from tests.benchmark import quick_collections
 
 SMALL = ["model.width=2", "data.batch_size=8"]
 
 
 def recipe(method: str, *overrides: str) -> Recipe:
     return chosen_recipes("digits", [*SMALL, *overrides], [method])[method]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with quick_collections():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.benchmark import quick_collections
 from tests.commands import bench, train
 from tests.distributed.launch import finish, launches, start
 
@@ -139,7 +140,7 @@ def measured(tmp_path_factory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("measured") / "here"
     arguments = ["--methods", "sassha", "--steps", "2", "--images", "1x8x8", "--device", "cpu"]
     arguments += ["sassha:algorithms.sassha.hessian_interval=5", "model.width=2", "data.batch_size=8"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with quick_collections(), contextlib.redirect_stdout(io.StringIO()) as printed:
         assert bench([*arguments, "--out", str(out)]) == 0
     return printed.getvalue(), out
 
