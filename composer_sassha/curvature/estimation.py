@@ -12,6 +12,7 @@ from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.delivery import stand_in
 from composer_sassha.curvature.estimators import Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import refuse_half_precision, warn_of_kinks
+from composer_sassha.curvature.gauss_newton import warn_of_divided_loss
 from composer_sassha.curvature.gradients import (
     ByBackward,
     reentrant_checkpoints_refused,
@@ -40,7 +41,7 @@ class Estimation:
             taken at this scale, and the estimate is freed of it.
         scale: what the loss is multiplied with while it is differentiated for the estimate alone.
         model: what has sharded parameters, and gathers them.
-        look: warn of kinks, and refuse half precision, where the estimator cannot work with them.
+        look: warn of what the estimator cannot work with, or refuse it.
 
     Raises:
         RuntimeError: `params` is empty.
@@ -77,7 +78,7 @@ class Estimation:
             raise SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
         self._scale, self._gradient_scale, self._model = scale, gradient_scale, model
-        self._look = look and self.needs.smooth
+        self._look = look
         self._sum = WeightedSum(self._params, self._shards)
         self._attached = self._delivered = self._samples_seen = 0
 
@@ -96,8 +97,9 @@ class Estimation:
         Args:
             loss: one number, of one microbatch.
             logits: [N, classes, ...], of which the loss is the mean cross-entropy; for 'gauss_newton'.
-            labels: class numbers [N, ...], -100 where nothing is predicted, or probabilities [N, classes,
-                ...]; for 'gauss_newton', and for 'empirical_fisher' where samples are not predictions.
+            labels: class numbers [N, ...], outside of [0, classes) where nothing is predicted, or
+                probabilities [N, classes, ...]; for 'gauss_newton', and for 'empirical_fisher' where samples
+                are not predictions.
             size: samples in this microbatch; for 'empirical_fisher', 'finite_difference' and a
                 `batch_fraction`.
             batch_size: samples in all microbatches of this rank's batch; for a `batch_fraction`.
@@ -154,7 +156,7 @@ class Estimation:
         """
         assert self._shards is not None
         self._attached += 1
-        self._look_for_kinks(evaluation.loss)
+        self._look_at(evaluation)
         samples = torch.tensor(float(size or 1), device=evaluation.loss.device)
         mean = samples.clone()
         average_(mean)
@@ -215,7 +217,7 @@ class Estimation:
 
         The gradients are taken at `gradient_scale` and freed of it; None: they are for the estimate alone.
         """
-        self._look_for_kinks(evaluation.loss)
+        self._look_at(evaluation)
         keys, loss = self._keys(rank()), evaluation.loss
         scaled = loss if self._scale == 1 else loss * self._scale
         if not self.needs.second_order:
@@ -237,11 +239,18 @@ class Estimation:
         batch = Microbatch(evaluation, grads, [self._params[i] for i in own], keys, size, again, self._scale)
         return all_grads, own, self.needs.diagonal(batch)
 
-    def _look_for_kinks(self, loss: Tensor) -> None:
-        if self._look:
-            self._look = False
-            refuse_half_precision(loss)
-            warn_of_kinks(loss)
+    def _look_at(self, evaluation: Evaluation) -> None:
+        """Say once what the estimator cannot work with."""
+        if not self._look:
+            return
+        self._look = False
+        if self.needs.smooth:
+            refuse_half_precision(evaluation.loss)
+            warn_of_kinks(evaluation.loss)
+        loss, logits, labels = evaluation
+        evaluated = self.needs.predictions or self.needs.evaluates_again
+        if evaluated and logits is not None and labels is not None and logits.shape[:1] == labels.shape[:1]:
+            warn_of_divided_loss(loss, logits, labels)
 
     def _skip(self, weight: Tensor) -> None:
         self._delivered += 1
