@@ -91,6 +91,7 @@ class Estimation:
         size: int | None = None,
         batch_size: int | None = None,
         again: Again | None = None,
+        weight: float = 1.0,
     ) -> Tensor:
         """Return a loss with the same value and gradient whose backward also gathers the estimate.
 
@@ -106,12 +107,14 @@ class Estimation:
             again: `again(count)` returns a context (`contextlib.contextmanager`) in which the loss of this
                 microbatch's first `count` samples has been computed once more, as a Tensor or an
                 `Evaluation`, with the same dropout masks; for 'finite_difference' and a `batch_fraction`.
+            weight: of the microbatch, which sharded parameters need if `size` is not given; the backward of
+                whole ones brings it along. Default: 1.
 
         Raises:
             ValueError: something is missing or does not fit, or an operation has no second derivative.
         """
         if self._shards is not None:
-            return self._attach_sharded(Evaluation(loss, logits, labels), size, again)
+            return self._attach_sharded(Evaluation(loss, logits, labels), size, again, weight)
         part = self._part(size, batch_size)
         self._attached += 1
         if part == 0:
@@ -148,7 +151,9 @@ class Estimation:
 
         return stand_in(loss, used, grads, weigh)
 
-    def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
+    def _attach_sharded(
+        self, evaluation: Evaluation, size: int | None, again: Again | None, weight: float
+    ) -> Tensor:
         """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
 
         FSDP2 averages in every backward, and leaves each rank the gradient of its part. So the loss that is
@@ -157,11 +162,11 @@ class Estimation:
         assert self._shards is not None
         self._attached += 1
         self._look_at(evaluation)
-        samples = torch.tensor(float(size or 1), device=evaluation.loss.device)
+        samples = torch.tensor(float(size or weight), device=evaluation.loss.device)
         mean = samples.clone()
         average_(mean)
-        weight = (samples / mean).item()
-        gradients = ByBackward(self._params, self._others, weight)
+        in_mean = (samples / mean).item()
+        gradients = ByBackward(self._params, self._others, in_mean)
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.needs.evaluates_again else (),
@@ -172,7 +177,7 @@ class Estimation:
             again=again,
             # What is not evaluated again has the graph that the loss still needs.
             gradients=gradients if self.needs.evaluates_again else lambda loss, _: gradients(loss, True),
-            spread=world_size() / weight,
+            spread=world_size() / in_mean,
             on_write=functools.partial(forget_copies, self._model),
         )
         diagonals = self.needs.diagonal(batch)
@@ -268,6 +273,15 @@ class Estimation:
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
         return self._sum.average(of_a_part=self.settings.batch_fraction < 1)
+
+    def forget(self) -> None:
+        """Drop the estimate: the loss may be kept for its value, and with it this object."""
+        del self._sum
+
+    @property
+    def looked(self) -> bool:
+        """Whether a loss was looked at."""
+        return not self._look
 
 
 def _what_a_fraction_needs(batch_fraction: float) -> str:
