@@ -154,7 +154,7 @@ class Driver:
                 self.transaction.start_again()
                 self.ascended = True
                 if wanted.keeps:
-                    gradient.flat  # noqa: B018 - makes the copy, before the next pass takes the memory
+                    gradient.keep()
 
     def _pass(self, wanted: Pass, before: Gradient) -> Any:
         """Run one pass at w + e and return its loss, or None if it overflowed."""

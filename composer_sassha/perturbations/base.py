@@ -85,6 +85,10 @@ class Gradient:
         """Return the Euclidean norm over all parameters together, accumulated in at least float32."""
         return global_norm(self.tensors, self.shards)
 
+    def keep(self) -> None:
+        """Copy the gradient, before the next pass takes its memory."""
+        _ = self.flat
+
     def release(self) -> None:
         """Drop the parameters' own tensors, whose memory the next pass needs."""
         self.tensors = []
