@@ -12,6 +12,7 @@ from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.delivery import stand_in
 from composer_sassha.curvature.estimators import Again, Evaluation, Microbatch
 from composer_sassha.curvature.finite_difference import refuse_half_precision, warn_of_kinks
+from composer_sassha.curvature.gauss_newton import warn_of_divided_loss
 from composer_sassha.curvature.gradients import (
     ByBackward,
     reentrant_checkpoints_refused,
@@ -40,7 +41,7 @@ class Estimation:
             taken at this scale, and the estimate is freed of it.
         scale: what the loss is multiplied with while it is differentiated for the estimate alone.
         model: what has sharded parameters, and gathers them.
-        look: warn of kinks, and refuse half precision, where the estimator cannot work with them.
+        look: warn of what the estimator cannot work with, or refuse it.
 
     Raises:
         RuntimeError: `params` is empty.
@@ -77,7 +78,7 @@ class Estimation:
             raise SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
         self._scale, self._gradient_scale, self._model = scale, gradient_scale, model
-        self._look = look and self.needs.smooth
+        self._look = look
         self._sum = WeightedSum(self._params, self._shards)
         self._attached = self._delivered = self._samples_seen = 0
 
@@ -90,26 +91,30 @@ class Estimation:
         size: int | None = None,
         batch_size: int | None = None,
         again: Again | None = None,
+        weight: float = 1.0,
     ) -> Tensor:
         """Return a loss with the same value and gradient whose backward also gathers the estimate.
 
         Args:
             loss: one number, of one microbatch.
             logits: [N, classes, ...], of which the loss is the mean cross-entropy; for 'gauss_newton'.
-            labels: class numbers [N, ...], -100 where nothing is predicted, or probabilities [N, classes,
-                ...]; for 'gauss_newton', and for 'empirical_fisher' where samples are not predictions.
+            labels: class numbers [N, ...], outside of [0, classes) where nothing is predicted, or
+                probabilities [N, classes, ...]; for 'gauss_newton', and for 'empirical_fisher' where samples
+                are not predictions.
             size: samples in this microbatch; for 'empirical_fisher', 'finite_difference' and a
                 `batch_fraction`.
             batch_size: samples in all microbatches of this rank's batch; for a `batch_fraction`.
             again: `again(count)` returns a context (`contextlib.contextmanager`) in which the loss of this
                 microbatch's first `count` samples has been computed once more, as a Tensor or an
                 `Evaluation`, with the same dropout masks; for 'finite_difference' and a `batch_fraction`.
+            weight: of the microbatch, which sharded parameters need if `size` is not given; the backward of
+                whole ones brings it along. Default: 1.
 
         Raises:
             ValueError: something is missing or does not fit, or an operation has no second derivative.
         """
         if self._shards is not None:
-            return self._attach_sharded(Evaluation(loss, logits, labels), size, again)
+            return self._attach_sharded(Evaluation(loss, logits, labels), size, again, weight)
         part = self._part(size, batch_size)
         self._attached += 1
         if part == 0:
@@ -146,7 +151,9 @@ class Estimation:
 
         return stand_in(loss, used, grads, weigh)
 
-    def _attach_sharded(self, evaluation: Evaluation, size: int | None, again: Again | None) -> Tensor:
+    def _attach_sharded(
+        self, evaluation: Evaluation, size: int | None, again: Again | None, weight: float
+    ) -> Tensor:
         """Estimate on the union of the ranks' microbatches, by backwards of our own, and leave the loss be.
 
         FSDP2 averages in every backward, and leaves each rank the gradient of its part. So the loss that is
@@ -154,12 +161,12 @@ class Estimation:
         """
         assert self._shards is not None
         self._attached += 1
-        self._look_for_kinks(evaluation.loss)
-        samples = torch.tensor(float(size or 1), device=evaluation.loss.device)
+        self._look_at(evaluation)
+        samples = torch.tensor(float(size or weight), device=evaluation.loss.device)
         mean = samples.clone()
         average_(mean)
-        weight = (samples / mean).item()
-        gradients = ByBackward(self._params, self._others, weight)
+        in_mean = (samples / mean).item()
+        gradients = ByBackward(self._params, self._others, in_mean)
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.needs.evaluates_again else (),
@@ -170,7 +177,7 @@ class Estimation:
             again=again,
             # What is not evaluated again has the graph that the loss still needs.
             gradients=gradients if self.needs.evaluates_again else lambda loss, _: gradients(loss, True),
-            spread=world_size() / weight,
+            spread=world_size() / in_mean,
             on_write=functools.partial(forget_copies, self._model),
         )
         diagonals = self.needs.diagonal(batch)
@@ -215,7 +222,7 @@ class Estimation:
 
         The gradients are taken at `gradient_scale` and freed of it; None: they are for the estimate alone.
         """
-        self._look_for_kinks(evaluation.loss)
+        self._look_at(evaluation)
         keys, loss = self._keys(rank()), evaluation.loss
         scaled = loss if self._scale == 1 else loss * self._scale
         if not self.needs.second_order:
@@ -237,11 +244,18 @@ class Estimation:
         batch = Microbatch(evaluation, grads, [self._params[i] for i in own], keys, size, again, self._scale)
         return all_grads, own, self.needs.diagonal(batch)
 
-    def _look_for_kinks(self, loss: Tensor) -> None:
-        if self._look:
-            self._look = False
-            refuse_half_precision(loss)
-            warn_of_kinks(loss)
+    def _look_at(self, evaluation: Evaluation) -> None:
+        """Say once what the estimator cannot work with."""
+        if not self._look:
+            return
+        self._look = False
+        if self.needs.smooth:
+            refuse_half_precision(evaluation.loss)
+            warn_of_kinks(evaluation.loss)
+        loss, logits, labels = evaluation
+        evaluated = self.needs.predictions or self.needs.evaluates_again
+        if evaluated and logits is not None and labels is not None and logits.shape[:1] == labels.shape[:1]:
+            warn_of_divided_loss(loss, logits, labels)
 
     def _skip(self, weight: Tensor) -> None:
         self._delivered += 1
@@ -259,6 +273,15 @@ class Estimation:
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
         return self._sum.average(of_a_part=self.settings.batch_fraction < 1)
+
+    def forget(self) -> None:
+        """Drop the estimate: the loss may be kept for its value, and with it this object."""
+        del self._sum
+
+    @property
+    def looked(self) -> bool:
+        """Whether a loss was looked at."""
+        return not self._look
 
 
 def _what_a_fraction_needs(batch_fraction: float) -> str:

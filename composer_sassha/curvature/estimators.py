@@ -82,9 +82,10 @@ def _gauss_newton(batch: Microbatch) -> list[Tensor]:
 
 
 def _empirical_fisher(batch: Microbatch) -> list[Tensor]:
-    labels = batch.evaluation.labels
+    _, logits, labels = batch.evaluation
     if labels is not None:
-        return empirical_fisher_diagonal(batch.grads, predictions(labels).sum())
+        classes = None if logits is None else logits.shape[1]
+        return empirical_fisher_diagonal(batch.grads, predictions(labels, classes).sum())
     if batch.size is None:
         raise ValueError(
             "LazyHessian: estimator='empirical_fisher' needs the number of predictions behind the loss; pass "

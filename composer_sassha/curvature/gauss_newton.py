@@ -1,5 +1,6 @@
 """The Gauss-Newton-Bartlett estimator: squared gradients at labels drawn from the model."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,7 @@ def gauss_newton_diagonal(
         >>> gauss_newton_diagonal(w.expand(1, 2), torch.tensor([0]), [w], keys=[(0,)])
         [tensor([0.2500, 0.2500])]
     """
-    counted = predictions(labels)
+    counted = predictions(labels, logits.shape[1])
     if counted.shape != logits[:, 0].shape:
         raise ValueError(
             f"LazyHessian: labels of shape {tuple(labels.shape)} do not fit logits of shape "
@@ -73,16 +74,23 @@ def gauss_newton_diagonal(
     return total
 
 
-def predictions(labels: Tensor) -> Tensor:
-    """Return a mask of the predictions that count: labels other than -100, and all probabilities.
+def predictions(labels: Tensor, classes: int | None = None) -> Tensor:
+    """Return a mask of the predictions that count: labels in [0, classes), and all probabilities.
+
+    What a model ignores is -100 by default, and often -1 or 255: none of these is a class.
+
+    Args:
+        labels: class numbers, or probabilities.
+        classes: the number of classes; None: any.
 
     Example:
-        >>> predictions(torch.tensor([2, -100, 0]))
-        tensor([ True, False,  True])
+        >>> predictions(torch.tensor([2, -100, 0, 255]), classes=10)
+        tensor([ True, False,  True, False])
     """
     if labels.is_floating_point():
         return torch.ones_like(labels[:, 0], dtype=torch.bool)
-    return labels != IGNORED
+    counted = labels >= 0
+    return counted if classes is None else counted & (labels < classes)
 
 
 def draw_labels(probabilities: Tensor, key: Sequence[int]) -> Tensor:
@@ -92,3 +100,22 @@ def draw_labels(probabilities: Tensor, key: Sequence[int]) -> Tensor:
     # not finite, which the refresh notices and retries.
     noise = torch.empty_like(probabilities).exponential_(generator=generator(key, probabilities.device))
     return (probabilities / noise).argmax(dim=1)
+
+
+def warn_of_divided_loss(loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Warn if a loss is an n-th of the mean cross-entropy behind it, n a whole number from 2.
+
+    A loop that accumulates gradients divides so. The estimators that evaluate logits, or the loss again,
+    would then estimate the curvature of another loss than the one that is trained.
+    """
+    if not labels.is_floating_point():
+        labels = labels.masked_fill(~predictions(labels, logits.shape[1]), IGNORED)
+    with torch.no_grad():
+        ratio = (F.cross_entropy(logits.to(loss.dtype), labels) / loss).item()
+    if 1.5 < ratio < 1e6 and abs(ratio - round(ratio)) < 1e-3 * ratio:
+        parts = round(ratio)
+        warnings.warn(
+            f"the loss is 1/{parts} of the mean cross-entropy of its logits, and the Hessian estimate is of "
+            f"another loss; pass the mean loss, and its weight: optimizer.backward(loss, 1 / {parts})",
+            stacklevel=2,
+        )

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,7 +39,7 @@ class Watch:
             warnings.warn(
                 f"the norm that the perturbation divides by is {norm}: the weights are not displaced on this "
                 "step; look for a gradient that is not finite",
-                stacklevel=8,
+                stacklevel=10,
             )
         coarse = [i for i, weight in enumerate(w) if torch.finfo(weight.dtype).bits < 32]
         if self._looked_at_rounding or not coarse or not 0 < norm < math.inf:
@@ -55,7 +55,7 @@ class Watch:
                 f"the perturbation moves {fraction:.0%} of the entries of {w[coarse[0]].dtype} parameters "
                 "that it is to move, the others are lost in rounding; take a larger rho, or float32 "
                 "parameters and precision='amp_bf16'",
-                stacklevel=8,
+                stacklevel=10,
             )
 
 
@@ -112,13 +112,31 @@ class Driver:
             The loss of the seen pass, that of the last pass, and the update (None: the gradients in place).
             Both losses are None if a pass overflowed.
         """
+        if not isinstance(program, Generator):
+            raise TypeError(
+                f"a perturbation's program must be a generator that yields passes, not {program!r}"
+            )
         with contextlib.closing(program):
             return self._run(program)
 
     def _run(self, program: Program) -> tuple[Any, Any, Tensor | None]:
-        seen, gradient = None, Gradient([])
-        wanted: Pass = next(program)
+        seen = loss = wanted = None
+        gradient = Gradient([])
         while True:
+            try:
+                wanted = _following(wanted, next(program) if wanted is None else program.send(gradient))
+            except StopIteration as end:
+                if not isinstance(wanted, Descent):
+                    raise RuntimeError(
+                        "a perturbation's program ended without a Descent; its last pass must be one"
+                    ) from None
+                if end.value is not None and self.ascended and not self.mixes:
+                    raise RuntimeError(
+                        "a perturbation's program returned an update of several gradients, which the ranks "
+                        "have to average; set mixes = True in its class"
+                    ) from None
+                self.transaction.finish_passes()
+                return loss if seen is None else seen, loss, end.value
             loss = self._pass(wanted, gradient)
             if loss is None:
                 return None, None, None
@@ -136,12 +154,7 @@ class Driver:
                 self.transaction.start_again()
                 self.ascended = True
                 if wanted.keeps:
-                    gradient.flat  # noqa: B018 - makes the copy, before the next pass takes the memory
-            try:
-                wanted = program.send(gradient)
-            except StopIteration as end:
-                self.transaction.finish_passes()
-                return loss if seen is None else seen, loss, end.value
+                    gradient.keep()
 
     def _pass(self, wanted: Pass, before: Gradient) -> Any:
         """Run one pass at w + e and return its loss, or None if it overflowed."""
@@ -180,6 +193,17 @@ class Driver:
             # forward, FSDP2 puts others in their place.
             copy_into(local(e.params), w)
             forget_copies(self.view.sharded_model)  # and now w + e, for a pass that did not come to its end
+
+
+def _following(before: Pass | None, wanted: Any) -> Pass:
+    """Check what a program yields after a pass."""
+    if not isinstance(wanted, (Ascent, Descent)):
+        raise TypeError(f"a perturbation's program yielded {wanted!r}; it must yield an Ascent or a Descent")
+    if isinstance(before, Descent):
+        raise RuntimeError(
+            "a perturbation's program yielded a pass after its Descent, which must be the last"
+        )
+    return wanted
 
 
 def _checked(loss: Any) -> Any:

@@ -59,6 +59,12 @@ class ParameterView:
         params = [p for p in self.all if p.grad is not None]
         return Gradient(params, everyone=self.trainable, shards=self.shard_group)
 
+    def check_size(self, vector: Tensor, what: str) -> None:
+        """Raise ValueError if a flat vector is not one over the trainable parameters."""
+        size = sum(p.numel() for p in local(self.trainable))
+        if vector.shape != (size,):
+            raise ValueError(f"{what} has shape {tuple(vector.shape)}; it must be ({size},)")
+
     def mirror(self) -> None:
         """Change the sign of the gradients of groups with `maximize=True`, for which uphill is downhill."""
         grads = local(p.grad for p in self._maximized if p.grad is not None)
@@ -94,6 +100,7 @@ class ParameterView:
         """
         if not self.trainable:
             return
+        self.check_size(update, "the update that a perturbation's program returned")
         used = [p.grad is not None for p in self.trainable]
         if average and several():
             # One collective for all of it. A parameter that no rank has used stays without a gradient.
@@ -132,6 +139,7 @@ class Memory(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, vector: Tensor) -> None:
         if name not in self.names:
             raise KeyError(f"{name} is not among what this perturbation remembers: {', '.join(self.names)}")
+        self.view.check_size(vector, f"the vector {name} that a perturbation remembers")
         self.stored[name] = vector
 
     def __delitem__(self, name: str) -> None:

@@ -64,7 +64,7 @@ class OptimizerProxy(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict, in containers of its own.
 
-        Whoever edits it (Composer does for `save_ignore_keys`) must not edit the live state.
+        A caller may delete entries (Composer does for `save_ignore_keys`) without deleting the optimizer's.
 
         Raises:
             RuntimeError: parameters with a state have been taken out of the groups.

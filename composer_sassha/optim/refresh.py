@@ -44,6 +44,10 @@ class RefreshPolicy:
         self._looked = False  # for what the estimator cannot work with
         self._failed_in_a_row = 0
 
+    def set_curvature(self, curvature: LazyCurvature | None) -> None:
+        """Choose how the diagonal is estimated, and how often."""
+        self.curvature, self._looked = curvature, False
+
     @property
     def due(self) -> bool:
         """Whether the coming (or running) step refreshes the Hessian."""
@@ -78,7 +82,6 @@ class RefreshPolicy:
             model=view.model,
             look=not self._looked,
         )
-        self._looked = True
 
     def finish(self, rule: Any, scaler: GradScaler | None, metrics: dict[str, Any]) -> Outcome:
         """Hand a refreshed diagonal to the update rule.
@@ -95,6 +98,7 @@ class RefreshPolicy:
             return Outcome.APPLIED
         refreshes = self.counters["refreshes"]
         diagonal, found = self.estimation.finish()
+        self.end()  # the base optimizer may need its memory
         if diagonal is None:
             self.failed += 1
             metrics["failed_refreshes"] = self.failed
@@ -110,7 +114,10 @@ class RefreshPolicy:
 
     def end(self) -> None:
         """Forget the running estimate, however the step ended."""
-        self.estimation = None
+        if self.estimation is not None:
+            self._looked |= self.estimation.looked
+            self.estimation.forget()
+            self.estimation = None
 
     def _back_off(self, scaler: GradScaler | None, refreshes: int) -> None:
         if (scale := self._scale(scaler)) > 1:
@@ -128,7 +135,7 @@ class RefreshPolicy:
                 f"(the root or the norm of 0){'' if scaler is None else half}"
             )
         warnings.warn(
-            "the Hessian estimate is not finite; the refresh is tried again on the next step", stacklevel=4
+            "the Hessian estimate is not finite; the refresh is tried again on the next step", stacklevel=6
         )
 
     def _grow(self, scaler: GradScaler) -> None:

@@ -42,7 +42,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
 
     Args:
         base_optimizer: what updates the weights.
-        perturbation: how the weights are displaced (see `composer_sassha.perturbations`); None: not at all.
+        perturbation: one of `composer_sassha.perturbations`; None: the weights are not displaced.
         interval: steps between perturbed steps, >= 1. Default: 1.
         curvature: when and how the Hessian diagonal is estimated; needs a base optimizer with
             `update_curvature`. None: never.
@@ -96,10 +96,8 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         self.model = model
         self.runner = PassRunner(model)
         self._names = {p: name for name, p in named_parameters or ()}
-        # Which of a step's passes is running; None between steps and in a step that has only one.
-        self.phase: Phase = None
-        # What the perturbation and the refresh log about the latest step.
-        self.metrics: dict[str, Any] = {}
+        self.phase: Phase = None  # of the running step; None between steps and where there is only one pass
+        self.metrics: dict[str, Any] = {}  # of the latest step
         self.skipped_steps = 0  # since this process began
         self.watch = Watch()
 
@@ -123,7 +121,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         """Choose when and how the Hessian diagonal is estimated; see the class."""
         check_curvature(curvature, self.base_optimizer)
         self._checked = False
-        self.refresh.curvature = curvature
+        self.refresh.set_curvature(curvature)
 
     @property
     def curvature(self) -> LazyCurvature | None:
@@ -180,10 +178,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             self._update(Memory(self._view(), self.perturbation))
             return None
 
-        if not self._checked:
-            several = self.curvature is not None or getattr(self.perturbation, "ascends", False)
-            check_training(self.base_optimizer, self._view().all, self.runner.model, several)
-            self._checked = True
+        self.counters.fill()  # the groups may have been replaced
         self.metrics = {}
         devices = {p.device for group in self.param_groups for p in group["params"]}
         with Transaction(self.model, devices, self.runner) as transaction:
@@ -198,6 +193,10 @@ class SharpnessAwareOptimizer(OptimizerProxy):
 
     def _take_step(self, closure: Closure, scaler: GradScaler | None, transaction: Transaction) -> Any:
         view, perturbation = self._view(), self.perturbation
+        if not self._checked:
+            several = self.curvature is not None or getattr(perturbation, "ascends", False)
+            check_training(self.base_optimizer, view.all, self.runner.model, several)
+            self._checked = True
         memory = Memory(view, perturbation)
         point = view.point(name_of=self._name_of, step=self.steps_taken, memory=memory, metrics=self.metrics)
         mixes = perturbation is not None and perturbation.mixes
@@ -214,16 +213,18 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         driver = Driver(self, view, transaction, closure, begin_pass, mixes)
         with self.refresh.differentiable(scaler):
             seen, last, update = driver.run(program)
+        if seen is not None:
+            if driver.ascended and not self.partial_ascent and perturbation is not None:
+                self.metrics.update(perturbation.metrics(last - seen))
+            if update is not None:
+                view.set_gradient(update, memory, average=driver.own_gradients)
+            del update  # the base optimizer may need its memory
+            if mixes:
+                view.mirror()
         if seen is None or self.refresh.finish(self.base_optimizer, scaler, self.metrics) is Outcome.SKIPPED:
             transaction.start_again()
             self._skipped(overflowed=seen is None and scaler is None)
             return None
-        if driver.ascended and not self.partial_ascent and perturbation is not None:
-            self.metrics.update(perturbation.metrics(last - seen))
-        if update is not None:
-            view.set_gradient(update, memory, average=driver.own_gradients)
-        if mixes:
-            view.mirror()
         self._update(memory)
         return seen
 
@@ -240,7 +241,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             warnings.warn(
                 "the closure returned None, which means that the gradient overflowed: the step is "
                 "skipped (a closure has to return its loss)",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def attach(self, loss: Tensor, **estimation: Any) -> Tensor:
@@ -261,7 +262,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             scaler: scales the loss, not yet scaled, for float16.
             estimation: what the estimator needs beside the loss; see `Estimation.attach`.
         """
-        attached = self.attach(loss, **estimation)
+        attached = self.attach(loss, weight=weight, **estimation)
         weighted = attached if weight == 1 else attached * weight
         (weighted if scaler is None else scaler.scale(weighted)).backward()
 

@@ -26,7 +26,7 @@ from composer_sassha.common.tensors import flatten, global_norm
 
 @dataclass
 class Displacement:
-    """The displacement `e = scale * direction` of some parameters.
+    """The displacement `e = scale * direction` of some parameters, for one pass.
 
     Args:
         params: the displaced parameters; of sharded ones the whole `DTensor`.
@@ -84,6 +84,10 @@ class Gradient:
     def norm(self) -> float:
         """Return the Euclidean norm over all parameters together, accumulated in at least float32."""
         return global_norm(self.tensors, self.shards)
+
+    def keep(self) -> None:
+        """Copy the gradient, before the next pass takes its memory."""
+        _ = self.flat
 
     def release(self) -> None:
         """Drop the parameters' own tensors, whose memory the next pass needs."""
@@ -158,8 +162,8 @@ class Perturbation(ABC):
 
     # Whether a step has an ascent, and with it more than one pass.
     ascends: ClassVar[bool] = True
-    # Whether the update mixes the gradients of several passes. Then each rank makes it of its own gradients,
-    # and the ranks average the result.
+    # Whether the update mixes the gradients of several passes. Each rank then makes it of its own gradients,
+    # and the result is averaged. A program that returns an update after an ascent must say so.
     mixes: bool = False
     # The name under which the optimizer's state keeps `Point.memory`'s vector; "": there is none.
     remembers: ClassVar[str] = ""

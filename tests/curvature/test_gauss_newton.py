@@ -104,3 +104,19 @@ def test_labels_that_do_not_fit_are_refused():
     problem = Problem()
     with pytest.raises(ValueError, match=r"labels of shape \(7,\) do not fit logits of shape \(8, 3\)"):
         estimate(problem, [(0,)], problem.y[:7])
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 3, 255])
+def test_what_is_no_class_is_no_prediction(ignored):
+    torch.manual_seed(0)
+    x, labels = torch.randn(20, 4), torch.randint(3, (20,))
+    labels[::2] = ignored
+
+    def diagonal(x, labels):
+        w = torch.zeros(4, 3, requires_grad=True)
+        return gauss_newton_diagonal(x @ w, labels, [w], keys=[(k,) for k in range(4000)])[0]
+
+    # The mean over the ten that are classes of x^2 p (1 - p), p = 1/3. A square that is nearly chi-squared
+    # varies by sqrt(2 / 4000) over the draws, and this allows for four times that.
+    expected = (x[1::2] ** 2).mean(0, keepdim=True).T.expand(4, 3) * 2 / 9
+    torch.testing.assert_close(diagonal(x, labels), expected, rtol=0.09, atol=0)

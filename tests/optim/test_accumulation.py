@@ -111,3 +111,30 @@ def test_a_fraction_of_weighted_parts_estimates_on_the_first_samples(estimator):
     diagonal, gradient = estimate(PARTS, estimator, samples=200, fraction=0.5)
     assert_estimates(diagonal, [20, 4], estimator, samples=200)
     torch.testing.assert_close(gradient, estimate(WHOLE, estimator)[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_that_was_divided_is_noticed(estimator, recwarn):
+    model, (x, y) = Diagonal(), data()
+    rule = SASSHA(model.parameters(), lr=0.0)
+    optimizer = SharpnessAwareOptimizer(rule, curvature=LazyCurvature(1, estimator), model=model)
+
+    def closure():
+        optimizer.zero_grad()
+        for px, py in zip(x.split([24, 24]), y.split([24, 24]), strict=True):
+
+            @contextlib.contextmanager
+            def again(count, px=px, py=py):
+                yield F.cross_entropy(model(px[:count]), py[:count])
+
+            logits = model(px)
+            loss = F.cross_entropy(logits, py) / 2
+            optimizer.backward(loss, logits=logits, labels=py, size=len(px), again=again)
+        return 0.0
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    said = [str(warning.message) for warning in recwarn]
+    # Hutchinson's is right so: it differentiates the loss that it is given.
+    assert len(said) == (0 if estimator == "hutchinson" else 1)
+    assert all("optimizer.backward(loss, 1 / 2)" in message for message in said)

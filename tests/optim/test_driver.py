@@ -1,6 +1,8 @@
 """Programs of passes: what the driver does with any of them, methods of a few lines among them."""
 
+import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import nn
 from composer_sassha import SASSHA, SharpnessAwareOptimizer
 from composer_sassha.common.tensors import unflatten
 from composer_sassha.curvature import LazyCurvature
+from composer_sassha.optim.counters import COUNTERS
+from composer_sassha.optim.parameters import ParameterView
 from composer_sassha.perturbations import (
     ASAMPerturbation,
     Ascent,
@@ -245,3 +249,112 @@ def test_the_rounding_check_counts_the_momentum():
     train(model, optimizer, 1)
     with pytest.warns(UserWarning, match="lost in rounding"):
         train(model, optimizer, 1)
+
+
+class Yields(Perturbation):
+    """A program of these passes, which returns this update."""
+
+    def __init__(self, *passes, update=None, mixes=False):
+        self.passes, self.update, self.mixes = passes, update, mixes
+
+    def step(self, at):
+        for each in self.passes:
+            gradient = yield each
+            del gradient
+        return self.update
+
+
+class NoGenerator(Perturbation):
+    def step(self, at):
+        return [Descent()]
+
+
+WRONG = {
+    "no generator": (NoGenerator(), "must be a generator that yields passes"),
+    "no pass": (Yields(), "ended without a Descent"),
+    "None": (Yields(None), "yielded None; it must yield an Ascent or a Descent"),
+    "an ascent at the end": (Yields(Ascent()), "ended without a Descent"),
+    "two descents": (Yields(Descent(), Descent()), "yielded a pass after its Descent"),
+    "an ascent after": (Yields(Descent(), Ascent()), "yielded a pass after its Descent"),
+    "an update that is not averaged": (
+        Yields(Ascent(), Descent(), update=torch.zeros(58)),
+        "set mixes = True in its class",
+    ),
+    "an update of another size": (
+        Yields(Ascent(), Descent(), update=torch.zeros(3), mixes=True),
+        r"has shape \(3,\); it must be \(58,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("perturbation", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_program_is_named_in_one_line_and_changes_nothing(perturbation, message):
+    model = net()
+    optimizer = wrapped(model, perturbation)
+    before = copied([model.state_dict(), optimizer.state_dict()])
+    with pytest.raises((TypeError, RuntimeError, ValueError), match=message) as error:
+        train(model, optimizer, 1)
+    assert "\n" not in str(error.value)
+    assert_same(before, copied([model.state_dict(), optimizer.state_dict()]))
+
+
+def test_a_vector_to_remember_of_another_size_is_refused_before_the_step():
+    class Remembers(Perturbation):
+        remembers = "kept"
+
+        def step(self, at):
+            yield Descent()
+            at.memory["kept"] = torch.zeros(3)
+            return None
+
+    model = net()
+    optimizer = wrapped(model, Remembers())
+    before = copied(model.state_dict())
+    with pytest.raises(ValueError, match=r"the vector kept .* has shape \(3,\); it must be \(58,\)"):
+        train(model, optimizer, 1)
+    assert_same(before, model.state_dict())
+
+
+@pytest.mark.parametrize("perturbation", [GSAMPerturbation(0.1), LookSAMPerturbation(0.1)], ids=repr)
+def test_the_flat_update_is_gone_when_the_base_optimizer_steps(perturbation, monkeypatch):
+    model = net()
+    optimizer = wrapped(model, perturbation)
+    updates, alive = [], []
+    set_gradient = ParameterView.set_gradient
+
+    def watched(self, update, *args, **kwargs):
+        updates.append(weakref.ref(update))
+        set_gradient(self, update, *args, **kwargs)
+
+    monkeypatch.setattr(ParameterView, "set_gradient", watched)
+    optimizer.register_step_pre_hook(lambda *_: alive.append(updates[-1]() is not None))
+    train(model, optimizer, 2)
+    assert alive == [False, False]
+
+
+def test_groups_that_were_replaced_get_their_counters():
+    model = net()
+    optimizer = wrapped(model, SAMPerturbation(0.1))
+    optimizer.param_groups = [
+        {key: value for key, value in group.items() if key not in COUNTERS}
+        for group in optimizer.param_groups
+    ]
+    train(model, optimizer, 2)
+    assert optimizer.steps_taken == 2
+
+
+def test_another_curvature_looks_at_the_loss_again():
+    w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = SharpnessAwareOptimizer(SASSHA([w], lr=0.1), curvature=LazyCurvature(1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.relu().square().sum()
+        again = lambda count: contextlib.nullcontext(w.relu().square().sum())  # noqa: E731
+        optimizer.backward(loss, size=1, again=again)
+        return loss
+
+    optimizer.step(closure)
+    optimizer.set_curvature(LazyCurvature(1, "finite_difference"))
+    with pytest.warns(UserWarning, match="this loss has kinks"):
+        optimizer.step(closure)
