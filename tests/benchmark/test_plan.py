@@ -95,6 +95,8 @@ def test_two_ranks_are_timed_alone_and_then_together(monkeypatch: pytest.MonkeyP
         return [found, {"sgd": {Kind(): Timing(1.5 * found["sgd"][Kind()].step)}}]
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    # Another test may have left a process group, of one rank.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(plan, "time_methods", timed)
     monkeypatch.setattr(plan.dist, "initialize_dist", lambda device: None)
     monkeypatch.setattr(plan_timing.dist, "all_gather_object", gathered)
