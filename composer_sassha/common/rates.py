@@ -10,6 +10,16 @@ def rate_of(group: Mapping[str, Any]) -> float:
     return 0.0 if lr is None else float(lr)
 
 
+def largest_rate(group: Mapping[str, Any]) -> float:
+    """Return the largest rate that is known: `max_lr`, `initial_lr` or `lr`, the first that is there.
+
+    Example:
+        >>> largest_rate({"lr": 0.05, "initial_lr": 0.1})
+        0.1
+    """
+    return float(group.get("max_lr") or group.get("initial_lr") or rate_of(group))
+
+
 def fraction_of_largest_rate(
     group: Mapping[str, Any], lr_min: float = 0.0, lr_max: float | None = None
 ) -> float:
@@ -31,6 +41,6 @@ def fraction_of_largest_rate(
     """
     lr = rate_of(group)
     if lr_max is None:
-        lr_max = float(group.get("max_lr") or group.get("initial_lr") or lr)
+        lr_max = largest_rate(group)
     span = lr_max - lr_min
     return min(max((lr - lr_min) / span, 0.0), 1.0) if span > 0 else 1.0

@@ -33,19 +33,19 @@ class RefreshPolicy:
     """Begins a due refresh, judges its result and hands it to the update rule.
 
     Args:
-        curvature: how the diagonal is estimated, and how often; None: never.
         counters: of the optimizer.
     """
 
-    def __init__(self, curvature: LazyCurvature | None, counters: Counters) -> None:
-        self.curvature, self.counters = curvature, counters
+    def __init__(self, counters: Counters) -> None:
+        self.counters = counters
+        self.curvature: LazyCurvature | None = None
         self.estimation: Estimation | None = None  # of the running pass
         self.failed = 0  # since this process began
         self._looked = False  # for what the estimator cannot work with
         self._failed_in_a_row = 0
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
-        """Choose how the diagonal is estimated, and how often."""
+        """Choose how the diagonal is estimated, and how often; None: never."""
         self.curvature, self._looked = curvature, False
 
     @property

@@ -90,7 +90,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
     ) -> None:
         super().__init__(base_optimizer)
         self.counters = Counters(self)
-        self.refresh = RefreshPolicy(None, self.counters)
+        self.refresh = RefreshPolicy(self.counters)
         self.set_perturbation(perturbation, interval, sync_ascent=sync_ascent, partial_ascent=partial_ascent)
         self.set_curvature(curvature)
         self.model = model

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
-from composer_sassha.common.rates import fraction_of_largest_rate, rate_of
+from composer_sassha.common.rates import fraction_of_largest_rate, largest_rate
 from composer_sassha.common.tensors import inner_products
 from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program
 
@@ -87,8 +87,7 @@ class GSAMPerturbation(Perturbation):
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an lr_min that is not below the initial learning rate; see `Perturbation`."""
-        group = optimizer.param_groups[0]
-        largest = self.lr_max or float(group.get("max_lr") or group.get("initial_lr") or rate_of(group))
+        largest = self.lr_max or largest_rate(optimizer.param_groups[0])
         if 0 < largest <= self.lr_min:
             raise ValueError(
                 f"GSAM: lr_min={self.lr_min!r} is not allowed; it must be below the optimizer's "
