@@ -17,7 +17,6 @@ from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.common import validate
 from composer_sassha.common.batches import select, unwrapped
-from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import ESAMPerturbation
 from composer_sassha.perturbations.esam import most_sensitive
@@ -148,7 +147,7 @@ class ESAM(PerturbingAlgorithm):
         the random numbers of the descent.
         """
         batch = state.batch
-        unseen = Snapshot(unwrapped(state.model), {losses.device for losses in self._selection.before})
+        unseen = wiring.snapshot(state)
         try:
             try:
                 return self._losses_of_microbatches(state, graph=False)

@@ -14,7 +14,6 @@ from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.common.batches import select, size_of, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim import SharpnessAwareOptimizer
 
@@ -168,7 +167,7 @@ class _Replay:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.before = self._snapshot()
+        self.before = wiring.snapshot(state)
 
     def record_loss(self) -> None:
         """Record the batch and the loss; called after the model's loss."""
@@ -187,26 +186,11 @@ class _Replay:
             )
         state, model = self.state, unwrapped(self.state.model)
         batch = select(self.batch, slice(count), size_of(self.batch))
-        after = self._snapshot()
-        with contextlib.ExitStack() as unnoticed:
-            for buffer in state.model.buffers():
-                # Restoring writes to buffers in place. The first evaluation's graph may have saved them, and
-                # its backward would refuse the new version, although it finds the old values.
-                if not buffer.is_inference():
-                    unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
-            self.before.restore()
-            try:
-                with get_precision_context(state.precision, state.precision_config):
-                    outputs = model(batch)
-                    loss = model.loss(outputs, batch)
-                yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
-            finally:
-                # Only after this loss has been differentiated: its graph has saved buffers too.
-                after.restore()
-
-    def _snapshot(self) -> Snapshot:
-        model = self.state.model
-        return Snapshot(model, {p.device for p in model.parameters()})
+        with self.before.again():  # until this loss has been differentiated
+            with get_precision_context(state.precision, state.precision_config):
+                outputs = model(batch)
+                loss = model.loss(outputs, batch)
+            yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
 
     def _loss_parts(self) -> list[tuple[Tensor, int]]:
         loss = self.state.loss

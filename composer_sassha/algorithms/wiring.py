@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
+from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
@@ -87,6 +88,13 @@ def scale_gradients(state: State) -> None:
     """Install our gradient scaler if the precision is float16; call it again when fit() has made another."""
     if state.precision == Precision.AMP_FP16 and not isinstance(state.scaler, ClosureGradScaler):
         state.scaler = ClosureGradScaler("cuda" if state.device.name == "gpu" else "cpu")
+
+
+def snapshot(state: State) -> Snapshot:
+    """Return what a pass of the running step changes as it is now."""
+    (optimizer,) = state.optimizers
+    assert isinstance(optimizer, SharpnessAwareOptimizer)
+    return optimizer.protection.snapshot(optimizer.model)
 
 
 def phase(state: State) -> str | None:

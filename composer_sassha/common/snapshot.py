@@ -1,60 +1,65 @@
-"""A copy of all that one pass changes besides the gradients: random number generators and buffers."""
+"""A copy of all that one pass changes besides the gradients: random number generators and the model."""
 
+import contextlib
 import random
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from composer_sassha.common.tensors import copy_into, copy_of
+from composer_sassha.common.side_effects import SideEffects
 
 
 class Snapshot:
-    """Copies the RNG states and a model's buffers, so that a second pass can start from the same ones.
+    """Copies the RNG states and what a model keeps, so that a second pass can start from the same.
 
     Args:
-        model: its buffers are kept, BatchNorm's running statistics among them; None keeps the RNG states
-            only.
+        effects: of the model; None keeps the RNG states only.
         devices: the CUDA devices whose generators are kept.
+        trained, start: see `SideEffects.take`.
     """
 
-    def __init__(self, model: nn.Module | None, devices: set[torch.device]) -> None:
+    def __init__(
+        self,
+        effects: SideEffects | None,
+        devices: set[torch.device],
+        trained: Iterable[Tensor] | None = None,
+        start: bool = False,
+    ) -> None:
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - data augmentations use the global generator
         self._torch = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
-        # A pass may write into a buffer, or put another tensor in its place: keep the values and the tensor.
-        self._buffers = [
-            (module, name, buffer)
-            for module in (model.modules() if model is not None else ())
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self._writable = [buffer for _, _, buffer in self._buffers if _is_writable(buffer)]
-        self._values = copy_of(self._writable)
+        self._effects, self._trained = effects, None if trained is None else list(trained)
+        self._seen = None if effects is None else effects.take(self._trained, start)
 
     def restore(self) -> None:
-        """Restore the RNG states and the buffers to what they were."""
+        """Restore the RNG states and the model to what they were."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._torch)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
-        for module, name, buffer in self._buffers:
-            module._buffers[name] = buffer
-        copy_into(self._writable, self._values)
+        if self._effects is not None and self._seen is not None:
+            self._effects.restore(self._seen)
 
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Go back to this moment for a second evaluation; all is as before when the block ends.
 
-def _is_writable(buffer: Tensor) -> bool:
-    """Whether the buffer supports in-place writes (not an inference, expanded or compressed tensor)."""
-    if is_lazy(buffer) or buffer.is_quantized or buffer.is_nested:
-        return False
-    if buffer.layout == torch.strided and buffer.is_contiguous():
-        return not buffer.is_inference()
-    if buffer.layout not in (torch.strided, torch.sparse_coo):
-        return False
-    expanded = any(
-        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
-    )
-    return not (buffer.is_inference() or expanded)
+        A graph of the first evaluation may have saved tensors that this writes to. Its backward would refuse
+        a new version of them, although it finds the old values: their versions are set back too.
+        """
+        after = Snapshot(self._effects, set(self._cuda), self._trained)
+        tensors = [] if self._effects is None or self._seen is None else self._effects.tensors(self._seen)
+        with contextlib.ExitStack() as unnoticed:
+            for tensor in tensors:
+                unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+            self.restore()
+            try:
+                yield
+            finally:
+                after.restore()
+        if self._effects is not None and after._seen is not None:
+            self._effects.settle(after._seen)

@@ -18,7 +18,7 @@ from composer_sassha.optim.passes import Closure, PassRunner
 from composer_sassha.optim.proxy import OptimizerProxy
 from composer_sassha.optim.refresh import Outcome, RefreshPolicy
 from composer_sassha.optim.supported import check_curvature, check_perturbation, check_training
-from composer_sassha.optim.transaction import Transaction
+from composer_sassha.optim.transaction import Protection, Transaction
 from composer_sassha.perturbations import Perturbation, unperturbed
 
 
@@ -95,6 +95,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         self.set_curvature(curvature)
         self.model = model
         self.runner = PassRunner(model)
+        self.protection = Protection(self)
         self._names = {p: name for name, p in named_parameters or ()}
         self.phase: Phase = None  # of the running step; None between steps and where there is only one pass
         self.metrics: dict[str, Any] = {}  # of the latest step
@@ -180,8 +181,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
 
         self.counters.fill()  # the groups may have been replaced
         self.metrics = {}
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        with Transaction(self.model, devices, self.runner) as transaction:
+        with Transaction(self.protection, self.model, self.runner) as transaction:
             try:
                 loss = self._take_step(torch.enable_grad()(closure), scaler, transaction)
             finally:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from composer_sassha.common.batches import select, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.ranks import several
+from composer_sassha.common.side_effects import SideEffects
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
 from composer_sassha.common.validate import SettingError
@@ -185,9 +186,16 @@ def objective_of(
         tick: see `Objective`.
     """
     inner = unwrapped(model)
+    effects = SideEffects(inner)
+    before = effects.take()
+
+    def loss(batch: Any) -> Tensor:
+        effects.restore(before)  # what an evaluation leaves behind must not change the next one
+        return total_loss(inner.loss(inner(batch), batch))
+
     return Objective(
         dict(inner.named_parameters()),
-        lambda batch: total_loss(inner.loss(inner(batch), batch)),
+        loss,
         batches,
         tick=tick,
     )
@@ -211,7 +219,7 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking = [norm.track_running_stats for norm in norms]
     devices = {p.device for p in model.parameters()}
-    before = Snapshot(model, devices)
+    before = Snapshot(SideEffects(model), devices)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

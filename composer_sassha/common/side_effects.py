@@ -1,0 +1,238 @@
+"""What forwards change in a model besides gradients: buffers, untrained parameters, plain attributes."""
+
+import random
+import types
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from composer_sassha.common.contents import Content, Contents
+
+# Their attributes are their own business: a reducer, compiled code.
+_WRAPPERS = (DistributedDataParallel, OptimizedModule)
+# What nn.Module keeps for itself: hooks and the like. A forward may fill these dictionaries.
+_INTERNAL = frozenset(vars(nn.Module()))
+_FILLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+
+_ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.Size),
+)
+_CONTAINERS = (dict, list, set, deque)
+# Objects of these libraries are neither data of the model nor watched.
+_LIBRARIES = frozenset({"torch", "composer", "composer_sassha", "lightning", "pytorch_lightning", "builtins"})
+
+
+@dataclass
+class Seen:
+    """What a model was at one moment; see `SideEffects.take`.
+
+    Attributes:
+        containers: dictionaries, lists and the like with the module that has them and a shallow copy.
+        generators: functions that put a generator or an array back, with the module that has it.
+        contents: of the tensors.
+        watched: objects of other classes with their attributes, and where they are.
+    """
+
+    containers: list[tuple[str, Any, Any]] = field(default_factory=list)
+    generators: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
+    contents: list[Content] = field(default_factory=list)
+    watched: list[tuple[str, Any, dict[str, Any]]] = field(default_factory=list)
+
+
+class SideEffects:
+    """Remembers a model, so that what a forward changes in it can be undone.
+
+    Covered are the buffers and the parameters that are not trained (in value, shape, dtype and presence), the
+    attributes of all modules, lists, dictionaries and objects of plain data in them, arrays, and random
+    number generators. Attributes are compared by identity, tensors by PyTorch's version counter and address;
+    see `Contents` for what is copied. A module of which something cannot be put back is left as it is as a
+    whole, and named once: half a restore, such as a cache without its flag, would be worse than none.
+
+    Args:
+        model: the model; wrapped for data-parallel training, compiled, or neither.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._contents = Contents()
+        self._named: set[str] = set()
+
+    def take(self, trained: Iterable[Tensor] | None = None, start: bool = False) -> Seen:
+        """Return what the model is now.
+
+        Args:
+            trained: parameters that are left alone. Default: those that require a gradient.
+            start: no forward has run since the last call or `restore`.
+        """
+        seen = Seen()
+        if trained is None:
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+        walk = _Walk(seen, {id(p) for p in trained})
+        walk.modules("", self.model)
+        size = sum(p.nbytes for p in walk.trained)
+        seen.contents = self._contents.take(walk.tensors, size, start)
+        for where, kind in walk.unknown:
+            self._name(where, f"is a {kind}, whose position cannot be put back")
+        return seen
+
+    def tensors(self, seen: Seen) -> list[Tensor]:
+        """Return the tensors that `restore` may write into."""
+        return [content.tensor for content in seen.contents if content.copy is not None]
+
+    def settle(self, seen: Seen) -> None:
+        """Take the model for unchanged since `seen`; see `Contents.settle`."""
+        self._contents.settle(seen.contents)
+
+    def restore(self, seen: Seen) -> None:
+        """Make the model what it was."""
+        for where, value, before in seen.watched:
+            if any(before.get(name) is not now for name, now in vars(value).items()):
+                self._name(where, f"is a {type(value).__name__} that a forward changes")
+        lost = self._contents.lost(seen.contents)
+        for where in lost:
+            self._name(where, "is a large tensor that no forward had changed before")
+        left = {where.rpartition(".")[0] for where in lost}
+        for module, value, before in seen.containers:
+            if module not in left:
+                _refill(value, before)
+        self._contents.restore([c for c in seen.contents if c.where.rpartition(".")[0] not in left])
+        for module, put_back in seen.generators:
+            if module not in left:
+                put_back()
+
+    def _name(self, where: str, what: str) -> None:
+        if where not in self._named:
+            self._named.add(where)
+            warnings.warn(
+                f"model.{where} {what}: each pass of a step changes it once more; change it after "
+                "optimizer.step() instead of in the forward, or keep it in a buffer",
+                stacklevel=10,
+            )
+
+
+class _Walk:
+    """Goes through all that a model keeps, each thing once."""
+
+    def __init__(self, seen: Seen, trained: set[int]) -> None:
+        self.seen, self._trained = seen, trained
+        self.tensors: list[tuple[str, Tensor]] = []
+        self.trained: list[Tensor] = []
+        self.unknown: list[tuple[str, str]] = []  # where, and of which class
+        self._met: set[int] = set()
+
+    def modules(self, path: str, model: nn.Module) -> None:
+        for name, module in model.named_modules(prefix=path):
+            if id(module) in self._met:
+                continue
+            self._met.add(id(module))
+            # What a lazy module makes of itself in its first forward stays.
+            lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+            if isinstance(module, _WRAPPERS) or lazy:
+                continue
+            found = vars(module)
+            self.seen.containers.append((name, found, dict(found)))
+            for key, value in found.items():
+                if key not in _INTERNAL:
+                    self.look(name, key, value)
+                elif key in _FILLED and value and not _is_sharded(value):
+                    self.seen.containers.append((name, value, value.copy()))
+            for key, value in (*found["_buffers"].items(), *found["_parameters"].items()):
+                if value is not None:
+                    self.look(name, key, value)
+
+    def look(self, module: str, key: str, value: Any) -> None:
+        """Look at one value under an attribute of a module."""
+        if isinstance(value, _ATOMS) or id(value) in self._met:
+            return
+        self._met.add(id(value))
+        where = f"{module}.{key}" if module else key
+        if isinstance(value, Tensor):
+            self._tensor(where, value)
+        elif isinstance(value, nn.Module):
+            self.modules(where, value)
+        elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
+            if isinstance(value, _CONTAINERS):
+                self.seen.containers.append((module, value, value.copy()))
+            for each in value.values() if isinstance(value, dict) else value:
+                self.look(module, key, each)
+        elif (put_back := _state_of(value)) is not None:
+            self.seen.generators.append((module, put_back))
+        elif isinstance(value, Iterator):
+            self.unknown.append((where, type(value).__name__))
+        else:
+            self._object(module, key, value)
+
+    def _tensor(self, where: str, value: Tensor) -> None:
+        if id(value) in self._trained:
+            self.trained.append(value)
+        elif not value.requires_grad or isinstance(value, nn.Parameter):
+            self.tensors.append((where, value))
+
+    def _object(self, module: str, key: str, value: Any) -> None:
+        library = type(value).__module__.partition(".")[0]
+        if library in _LIBRARIES or isinstance(value, Optimizer) or not hasattr(value, "__dict__"):
+            return
+        found = vars(value)
+        if all(
+            isinstance(each, (*_ATOMS, *_CONTAINERS, tuple, Tensor, np.ndarray)) for each in found.values()
+        ):
+            self.seen.containers.append((module, found, dict(found)))
+            for each in list(found.values()):
+                self.look(module, key, each)
+        else:
+            self.seen.watched.append((f"{module}.{key}" if module else key, value, dict(found)))
+
+
+def _is_sharded(found: Any) -> bool:
+    # FSDP2 puts gathered parameters and parts in each other's place.
+    return isinstance(found, dict) and any(isinstance(value, DTensor) for value in found.values())
+
+
+def _state_of(value: Any) -> Callable[[], Any] | None:
+    """Return a function that puts a generator or an array back to what it is now; None: it is neither."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        drawn = value.getstate()
+        return lambda: value.setstate(drawn)
+    if isinstance(value, np.random.RandomState):
+        legacy = value.get_state()
+        return lambda: value.set_state(legacy)
+    if isinstance(value, np.random.Generator):
+        bits, position = value.bit_generator, value.bit_generator.state
+        return lambda: setattr(bits, "state", position)
+    if isinstance(value, np.ndarray):
+        copy = value.copy()
+        return lambda: np.copyto(value, copy) if value.flags.writeable else None
+    return None
+
+
+def _refill(value: Any, before: Any) -> None:
+    """Put back what a container held, without writing if that is what it holds."""
+    if isinstance(value, dict):
+        if list(value) != list(before):
+            value.clear()
+            value.update(before)
+        for key, item in before.items():
+            if value[key] is not item:
+                value[key] = item
+    elif isinstance(value, set):
+        if value != before:
+            value.clear()
+            value.update(before)
+    elif len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
+        value.clear()
+        value.extend(before)
