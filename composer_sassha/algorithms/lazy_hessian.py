@@ -167,7 +167,7 @@ class _Replay:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self.before = wiring.snapshot(state)
+        self.before = wiring.snapshot(state, learn=False)
 
     def record_loss(self) -> None:
         """Record the batch and the loss; called after the model's loss."""

@@ -90,11 +90,11 @@ def scale_gradients(state: State) -> None:
         state.scaler = ClosureGradScaler("cuda" if state.device.name == "gpu" else "cpu")
 
 
-def snapshot(state: State) -> Snapshot:
-    """Return what a pass of the running step changes as it is now."""
+def snapshot(state: State, learn: bool = True) -> Snapshot:
+    """Return what a pass of the running step changes as it is now; `learn`: see `SideEffects.take`."""
     (optimizer,) = state.optimizers
     assert isinstance(optimizer, SharpnessAwareOptimizer)
-    return optimizer.protection.snapshot(optimizer.model)
+    return optimizer.protection.snapshot(optimizer.model, learn=learn)
 
 
 def phase(state: State) -> str | None:

@@ -12,11 +12,14 @@ from torch.nn.parameter import is_lazy
 from composer_sassha.common.sharding import local
 from composer_sassha.common.tensors import copy_into, copy_of
 
-# A tensor of up to this many bytes is always copied when it has changed.
-SMALL = 2**20
+# A tensor of up to this many bytes is copied each time. No sign tells that it has changed: batch norm writes
+# its statistics without counting a version.
+SMALL = 2**18
 # Larger ones are copied on the first step, up to this many bytes or twice the trained parameters' if that is
 # more, and later only those that a forward has changed.
 ALLOWANCE = 2**28
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass(eq=False)
@@ -26,61 +29,70 @@ class Content:
     Attributes:
         where: its place in the model, such as `encoder.running_mean`.
         tensor: the tensor.
-        mark: changes when its content does, see `_mark`.
+        mark: changes when the content of a large tensor does, see `_mark`; None: the tensor is small.
         copy: of its content; None: it is only watched.
     """
 
     where: str
     tensor: Tensor
     mark: Any
-    copy: Tensor | None
+    copy: Tensor | None = None
 
 
 @dataclass(eq=False)
 class _Known:
-    """What is known of the tensor at one place: its latest content, and whether forwards change it."""
+    """What is known of the large tensor at one place."""
 
     latest: Content
     moves: bool = False  # a forward has changed it
-    unmarked: bool = False  # a forward has changed it by `.data`, which leaves the version alone
+    unmarked: bool = False  # a forward has changed it without a mark, as `.data` does
     tried: bool = False  # a forward has run
 
 
 class Contents:
-    """Takes and restores the contents of tensors, and learns which ones forwards change.
-
-    A copy is made of what is new, small or known to move, and is used again while the tensor is unchanged. On
-    the first step the copies tell whether a forward has written without counting a version, as `.data` does.
-    """
+    """Takes and restores the contents of tensors, and learns which of the large ones forwards change."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
 
-    def take(self, tensors: Sequence[tuple[str, Tensor]], trained: int, start: bool) -> list[Content]:
+    def take(
+        self, tensors: Sequence[tuple[str, Tensor]], trained: int, start: bool, learn: bool
+    ) -> list[Content]:
         """Return the contents of tensors, each with its place.
 
         Args:
             tensors: the tensors.
             trained: the size of the trained parameters in bytes.
-            start: no forward has run since the last call.
+            start: a step begins.
+            learn: a forward may have run since the last call.
         """
         first, left = not self._known, max(ALLOWANCE, 2 * trained)
-        known, self._known = self._known, {}
-        found, lacking = [], []
+        known, found, lacking = self._known, [], []
+        if start:
+            self._known = {}  # without what has gone since
+        met: set[str] = set()
         for where, tensor in tensors:
             if tensor.is_inference() or is_lazy(tensor):  # neither has a version
                 continue
-            now = Content(where, tensor, _mark(tensor), None)
-            place = self._known[where] = known.get(where) or _Known(now, tried=not first)
-            same = place.latest.tensor is tensor and place.latest.mark == now.mark
-            self._learn(place, now, start)
             size = tensor.numel() * tensor.element_size()
-            wanted = size <= SMALL or place.moves or place.unmarked or (not place.tried and size <= left)
-            if wanted and _is_writable(tensor):
-                left -= size if size > SMALL else 0
-                if same and not place.unmarked:
-                    now.copy = place.latest.copy
-                if now.copy is None:
+            if size <= SMALL:
+                if _is_writable(tensor):
+                    lacking.append(Content(where, tensor, None))
+                    found.append(lacking[-1])
+                continue
+            while where in met:  # several in one list
+                where += "'"
+            met.add(where)
+            now = Content(where, tensor, _mark(tensor))
+            place = self._known[where] = known.get(where) or _Known(now, tried=not first)
+            if learn:
+                self._learn(place, now, start)
+            if place.moves or (not place.tried and size <= left):
+                left -= size
+                before = place.latest
+                if before.tensor is tensor and before.mark == now.mark and not place.unmarked:
+                    now.copy = before.copy
+                if now.copy is None and _is_writable(tensor):
                     lacking.append(now)
             place.latest = now
             found.append(now)
@@ -89,18 +101,25 @@ class Contents:
             now.copy = copy
         return found
 
-    def _learn(self, place: _Known, now: Content, start: bool) -> None:
+    def _learn(self, place: _Known, now: Content, start: bool = False) -> None:
         """Find out whether a forward has changed a tensor since it was looked at."""
-        before, (part,) = place.latest, local([now.tensor])
+        before = place.latest
         if before is now or before.tensor is not now.tensor:
             return
         changed = before.mark != now.mark
-        if not place.tried and before.copy is not None and before.copy.dtype == part.dtype:
-            # The one read-back. FSDP2 counts versions and puts other parts in place in its first forward.
-            differs = not torch.equal(before.copy, part)
-            place.unmarked, changed = differs and not changed, differs
+        if not place.tried and before.copy is not None and before.copy.dtype == now.tensor.dtype:
+            differs = not torch.equal(before.copy, *local([now.tensor]))  # the one read-back
+            place.unmarked = place.moves = differs and not changed
+            changed = differs
         place.moves |= changed and not start
         place.tried = True
+
+    def _has_changed(self, content: Content) -> bool:
+        if content.mark is None:
+            return True
+        mark, place = _mark(content.tensor), self._known[content.where]
+        self._learn(place, Content(content.where, content.tensor, mark))
+        return mark != content.mark or (place.unmarked and place.latest.tensor is content.tensor)
 
     def lost(self, contents: Sequence[Content]) -> list[str]:
         """Return the places of the tensors that have changed and of which there is no copy."""
@@ -109,9 +128,8 @@ class Contents:
     def restore(self, contents: Sequence[Content]) -> None:
         """Put back the contents that have changed."""
         changed = [c for c in contents if c.copy is not None and self._has_changed(c)]
-        parts = local(c.tensor for c in changed)
         targets, copies = [], []
-        for content, part in zip(changed, parts, strict=True):
+        for content, part in zip(changed, local(c.tensor for c in changed), strict=True):
             copy = content.copy
             assert copy is not None
             if part.shape == copy.shape and part.dtype == copy.dtype:
@@ -120,43 +138,31 @@ class Contents:
             else:  # a forward has resized it, or given it another dtype
                 part.data = copy.clone()
         copy_into(targets, copies)
-        for content in changed:
-            content.mark = _mark(content.tensor)
-            if (place := self._known.get(content.where)) is not None:
-                place.latest = content
+        self.settle(changed)
 
     def settle(self, contents: Sequence[Content]) -> None:
-        """Take the tensors for unchanged, after autograd's versions have been set back."""
+        """Take the tensors for what these contents are, whatever their marks say."""
         for content in contents:
-            content.mark = _mark(content.tensor)
-            self._known[content.where].latest = content
-
-    def _has_changed(self, content: Content) -> bool:
-        now = Content(content.where, content.tensor, _mark(content.tensor), None)
-        place = self._known.get(content.where)
-        if place is None or place.latest.tensor is not content.tensor:
-            return bool(now.mark != content.mark)
-        self._learn(place, now, start=False)
-        return place.unmarked or bool(now.mark != content.mark)
+            if content.mark is not None:
+                content.mark = _mark(content.tensor)
+                self._known[content.where].latest = content
 
 
 def _mark(tensor: Tensor) -> Any:
     """Return what changes with a tensor's content: PyTorch's version counter, address, shape and dtype."""
     # A sharded tensor's part moves in memory without a change of its content.
-    address = tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) and _is_strided(tensor) else None
-    return tensor._version, address, tensor.shape, tensor.dtype
-
-
-def _is_strided(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+    strided = type(tensor) in _PLAIN and tensor.layout == torch.strided and not tensor.is_nested
+    return tensor._version, tensor.data_ptr() if strided else 0, tensor.shape, tensor.dtype
 
 
 def _is_writable(tensor: Tensor) -> bool:
     """Whether a tensor can be copied, and supports in-place writes (it is not expanded or compressed)."""
-    if not isinstance(tensor, DTensor) and type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in _PLAIN and not isinstance(tensor, DTensor):
         return False  # of a class that may mean something else by a copy
     if tensor.layout == torch.sparse_coo:
         return True
-    return _is_strided(tensor) and not any(
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return tensor.is_contiguous() or not any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

@@ -1,5 +1,6 @@
 """What forwards change in a model besides gradients: buffers, untrained parameters, plain attributes."""
 
+import operator
 import random
 import types
 import warnings
@@ -25,11 +26,14 @@ _WRAPPERS = (DistributedDataParallel, OptimizedModule)
 _INTERNAL = frozenset(vars(nn.Module()))
 _FILLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
-_ATOMS = (
-    *(type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device),
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.Size),
+_ATOMS = frozenset(
+    {
+        *(type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device),
+        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.Size),
+    }
 )
 _CONTAINERS = (dict, list, set, deque)
+_DATA = (*_CONTAINERS, tuple, Tensor, np.ndarray)
 # Objects of these libraries are neither data of the model nor watched.
 _LIBRARIES = frozenset({"torch", "composer", "composer_sassha", "lightning", "pytorch_lightning", "builtins"})
 
@@ -39,8 +43,8 @@ class Seen:
     """What a model was at one moment; see `SideEffects.take`.
 
     Attributes:
-        containers: dictionaries, lists and the like with the module that has them and a shallow copy.
-        generators: functions that put a generator or an array back, with the module that has it.
+        containers: dictionaries, lists and the like, each with its module and a shallow copy.
+        generators: functions that put a generator or an array back, each with its module.
         contents: of the tensors.
         watched: objects of other classes with their attributes, and where they are.
     """
@@ -56,9 +60,9 @@ class SideEffects:
 
     Covered are the buffers and the parameters that are not trained (in value, shape, dtype and presence), the
     attributes of all modules, lists, dictionaries and objects of plain data in them, arrays, and random
-    number generators. Attributes are compared by identity, tensors by PyTorch's version counter and address;
-    see `Contents` for what is copied. A module of which something cannot be put back is left as it is as a
-    whole, and named once: half a restore, such as a cache without its flag, would be worse than none.
+    number generators. Attributes are compared by identity, large tensors by PyTorch's version counter and
+    address; see `Contents` for what is copied. If something in a module cannot be put back, all of the module
+    is left as it is, and that is said once: a cache restored without its flag would be worse than none.
 
     Args:
         model: the model; wrapped for data-parallel training, compiled, or neither.
@@ -67,22 +71,25 @@ class SideEffects:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._contents = Contents()
+        self._copies = _Copies()
         self._named: set[str] = set()
 
-    def take(self, trained: Iterable[Tensor] | None = None, start: bool = False) -> Seen:
+    def take(self, trained: Iterable[Tensor] | None = None, start: bool = False, learn: bool = True) -> Seen:
         """Return what the model is now.
 
         Args:
             trained: parameters that are left alone. Default: those that require a gradient.
-            start: no forward has run since the last call or `restore`.
+            start: a step begins. Default: False.
+            learn: a forward may have run since the last call. Default: True.
         """
         seen = Seen()
         if trained is None:
             trained = (p for p in self.model.parameters() if p.requires_grad)
-        walk = _Walk(seen, {id(p) for p in trained})
+        walk = _Walk(seen, {id(p) for p in trained}, self._copies)
+        self._copies.begin()
         walk.modules("", self.model)
         size = sum(p.nbytes for p in walk.trained)
-        seen.contents = self._contents.take(walk.tensors, size, start)
+        seen.contents = self._contents.take(walk.tensors, size, start, learn)
         for where, kind in walk.unknown:
             self._name(where, f"is a {kind}, whose position cannot be put back")
         return seen
@@ -122,11 +129,44 @@ class SideEffects:
             )
 
 
+class _Copies:
+    """Shallow copies of containers, which are used again while nothing has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Any, list[tuple[str, Any]]]] = {}
+        self._used = self._known
+
+    def begin(self) -> None:
+        """Forget the containers that were not met since the last call."""
+        self._known, self._used = self._used, {}
+
+    def of(self, value: Any) -> Any:
+        """Return a copy of a container."""
+        _, copy, _ = self._entry(value, list)
+        return copy
+
+    def of_module(self, module: nn.Module) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+        """Return a copy of a module's dictionary, and the attributes that may change without it."""
+        found = vars(module)
+        _, copy, parts = self._entry(
+            found,
+            lambda: [(key, v) for key, v in found.items() if key not in _INTERNAL and not _is_constant(v)],
+        )
+        return copy, parts
+
+    def _entry(self, value: Any, parts: Callable[[], Any]) -> tuple[Any, Any, list[tuple[str, Any]]]:
+        known = self._known.get(id(value))
+        if known is None or known[0] is not value or not _is_same(value, known[1]):
+            known = value, value.copy(), parts()
+        self._used[id(value)] = known
+        return known
+
+
 class _Walk:
     """Goes through all that a model keeps, each thing once."""
 
-    def __init__(self, seen: Seen, trained: set[int]) -> None:
-        self.seen, self._trained = seen, trained
+    def __init__(self, seen: Seen, trained: set[int], copies: _Copies) -> None:
+        self.seen, self._trained, self._copies = seen, trained, copies
         self.tensors: list[tuple[str, Tensor]] = []
         self.trained: list[Tensor] = []
         self.unknown: list[tuple[str, str]] = []  # where, and of which class
@@ -142,29 +182,36 @@ class _Walk:
             if isinstance(module, _WRAPPERS) or lazy:
                 continue
             found = vars(module)
-            self.seen.containers.append((name, found, dict(found)))
-            for key, value in found.items():
-                if key not in _INTERNAL:
-                    self.look(name, key, value)
-                elif key in _FILLED and value and not _is_sharded(value):
-                    self.seen.containers.append((name, value, value.copy()))
+            copy, parts = self._copies.of_module(module)
+            self.seen.containers.append((name, found, copy))
+            for key, value in parts:
+                self.look(name, key, value)
+            for key in _FILLED:
+                # FSDP2 puts gathered parameters and parts in each other's place.
+                if not (key == "_parameters" and _is_sharded(found[key])):
+                    self.seen.containers.append((name, found[key], self._copies.of(found[key])))
             for key, value in (*found["_buffers"].items(), *found["_parameters"].items()):
-                if value is not None:
+                if id(value) in self._trained:
+                    self.trained.append(value)
+                else:
                     self.look(name, key, value)
 
     def look(self, module: str, key: str, value: Any) -> None:
         """Look at one value under an attribute of a module."""
-        if isinstance(value, _ATOMS) or id(value) in self._met:
+        where = f"{module}.{key}" if module else key
+        if isinstance(value, nn.Module):
+            self.modules(where, value)
+            return
+        if type(value) in _ATOMS or id(value) in self._met:
             return
         self._met.add(id(value))
-        where = f"{module}.{key}" if module else key
         if isinstance(value, Tensor):
-            self._tensor(where, value)
-        elif isinstance(value, nn.Module):
-            self.modules(where, value)
+            # One with a graph was made by a forward, and is not written to.
+            if id(value) not in self._trained and (value.is_leaf or not value.requires_grad):
+                self.tensors.append((where, value))
         elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
             if isinstance(value, _CONTAINERS):
-                self.seen.containers.append((module, value, value.copy()))
+                self.seen.containers.append((module, value, self._copies.of(value)))
             for each in value.values() if isinstance(value, dict) else value:
                 self.look(module, key, each)
         elif (put_back := _state_of(value)) is not None:
@@ -173,12 +220,6 @@ class _Walk:
             self.unknown.append((where, type(value).__name__))
         else:
             self._object(module, key, value)
-
-    def _tensor(self, where: str, value: Tensor) -> None:
-        if id(value) in self._trained:
-            self.trained.append(value)
-        elif not value.requires_grad or isinstance(value, nn.Parameter):
-            self.tensors.append((where, value))
 
     def _object(self, module: str, key: str, value: Any) -> None:
         library = type(value).__module__.partition(".")[0]
@@ -195,9 +236,8 @@ class _Walk:
             self.seen.watched.append((f"{module}.{key}" if module else key, value, dict(found)))
 
 
-def _is_sharded(found: Any) -> bool:
-    # FSDP2 puts gathered parameters and parts in each other's place.
-    return isinstance(found, dict) and any(isinstance(value, DTensor) for value in found.values())
+def _is_sharded(parameters: dict[str, Any]) -> bool:
+    return any(type(value) is DTensor for value in parameters.values())
 
 
 def _state_of(value: Any) -> Callable[[], Any] | None:
@@ -220,19 +260,25 @@ def _state_of(value: Any) -> Callable[[], Any] | None:
     return None
 
 
-def _refill(value: Any, before: Any) -> None:
-    """Put back what a container held, without writing if that is what it holds."""
+def _is_constant(value: Any) -> bool:
+    return type(value) in _ATOMS or (type(value) is tuple and all(type(each) in _ATOMS for each in value))
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Whether a container holds the very same objects in the same order."""
+    if isinstance(value, set):
+        return bool(value == before)
+    if len(value) != len(before):
+        return False
     if isinstance(value, dict):
-        if list(value) != list(before):
-            value.clear()
-            value.update(before)
-        for key, item in before.items():
-            if value[key] is not item:
-                value[key] = item
-    elif isinstance(value, set):
-        if value != before:
-            value.clear()
-            value.update(before)
-    elif len(value) != len(before) or any(a is not b for a, b in zip(value, before, strict=True)):
+        return all(map(operator.is_, value.values(), before.values())) and all(
+            map(operator.is_, value, before)
+        )
+    return all(map(operator.is_, value, before))
+
+
+def _refill(value: Any, before: Any) -> None:
+    """Put back what a container held."""
+    if not _is_same(value, before):
         value.clear()
-        value.extend(before)
+        (value.extend if isinstance(value, (list, deque)) else value.update)(before)

@@ -17,7 +17,7 @@ class Snapshot:
     Args:
         effects: of the model; None keeps the RNG states only.
         devices: the CUDA devices whose generators are kept.
-        trained, start: see `SideEffects.take`.
+        trained, start, learn: see `SideEffects.take`.
     """
 
     def __init__(
@@ -26,13 +26,14 @@ class Snapshot:
         devices: set[torch.device],
         trained: Iterable[Tensor] | None = None,
         start: bool = False,
+        learn: bool = True,
     ) -> None:
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - data augmentations use the global generator
         self._torch = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
         self._effects, self._trained = effects, None if trained is None else list(trained)
-        self._seen = None if effects is None else effects.take(self._trained, start)
+        self._seen = None if effects is None else effects.take(self._trained, start, learn)
 
     def restore(self) -> None:
         """Restore the RNG states and the model to what they were."""
@@ -53,13 +54,15 @@ class Snapshot:
         """
         after = Snapshot(self._effects, set(self._cuda), self._trained)
         tensors = [] if self._effects is None or self._seen is None else self._effects.tensors(self._seen)
-        with contextlib.ExitStack() as unnoticed:
-            for tensor in tensors:
-                unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
-            self.restore()
-            try:
-                yield
-            finally:
-                after.restore()
-        if self._effects is not None and after._seen is not None:
-            self._effects.settle(after._seen)
+        try:
+            with contextlib.ExitStack() as unnoticed:
+                for tensor in tensors:
+                    unnoticed.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                self.restore()
+                try:
+                    yield
+                finally:
+                    after.restore()
+        finally:
+            if self._effects is not None and after._seen is not None:
+                self._effects.settle(after._seen)

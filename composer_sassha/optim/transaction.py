@@ -21,18 +21,19 @@ class Protection:
         self._optimizer = optimizer
         self._effects: SideEffects | None = None
 
-    def snapshot(self, model: nn.Module | None, start: bool = False) -> Snapshot:
+    def snapshot(self, model: nn.Module | None, start: bool = False, learn: bool = True) -> Snapshot:
         """Return what all is now.
 
         Args:
             model: what the passes run; None: only the random number generators are kept.
-            start: a step begins; no pass has run since the last one ended.
+            start: see `SideEffects.take`.
+            learn: likewise.
         """
         if model is not getattr(self._effects, "model", None):
             self._effects = None if model is None else SideEffects(model)
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         trained = [p for p in params if p.requires_grad]
-        return Snapshot(self._effects, {p.device for p in params}, trained, start)
+        return Snapshot(self._effects, {p.device for p in params}, trained, start, learn)
 
 
 class Transaction:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Objective:
         shared: whether every rank holds a part of the batches. Sums are then over all ranks, and all ranks
             must call the same methods. False: this process's batches alone. Default: True.
         tick: called before each evaluation. Default: does nothing.
+        alone: returns a context that undoes what an evaluation of one batch leaves behind in the model.
+            Default: does nothing.
 
     Raises:
         SettingError: no parameter requires a gradient, a parameter is less precise than float32, or there is
@@ -62,10 +65,12 @@ class Objective:
         batches: Sequence[tuple[Any, int]],
         shared: bool = True,
         tick: Callable[[], None] = lambda: None,
+        alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
         self.loss_of, self.batches, self.shared, self.tick = loss, list(batches), shared, tick
+        self.alone = alone
         if not self.params:
             raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
         coarse = {p.dtype for p in self.params} - {torch.float32, torch.float64}
@@ -132,7 +137,9 @@ class Objective:
                     groups.append([])
                     missing = m
         params = dict(zip(self.names, self.params, strict=True))
-        return [Objective(params, self.loss_of, group, shared=False) for group in groups[:-1]]
+        return [
+            Objective(params, self.loss_of, group, shared=False, alone=self.alone) for group in groups[:-1]
+        ]
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
@@ -163,7 +170,8 @@ class Objective:
         self.tick()
         total: Tensor | None = None
         for batch, count in self.batches:
-            term = of(batch) * count
+            with self.alone():
+                term = of(batch) * count
             total = term if total is None else total.add_(term)
         assert total is not None
         total = torch.cat([total, total.new_tensor([self.samples])])
@@ -187,17 +195,21 @@ def objective_of(
     """
     inner = unwrapped(model)
     effects = SideEffects(inner)
-    before = effects.take()
 
-    def loss(batch: Any) -> Tensor:
-        effects.restore(before)  # what an evaluation leaves behind must not change the next one
-        return total_loss(inner.loss(inner(batch), batch))
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
+        before = effects.take()
+        try:
+            yield
+        finally:
+            effects.restore(before)
 
     return Objective(
         dict(inner.named_parameters()),
-        loss,
+        lambda batch: total_loss(inner.loss(inner(batch), batch)),
         batches,
         tick=tick,
+        alone=alone,
     )
 
 
