@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from composer_sassha.common.contents import Content, Contents
+from composer_sassha.common.sharding import is_sharded
 
 # Their attributes are their own business: a reducer, compiled code.
 _WRAPPERS = (DistributedDataParallel, OptimizedModule)
@@ -85,7 +86,7 @@ class SideEffects:
         seen = Seen()
         if trained is None:
             trained = (p for p in self.model.parameters() if p.requires_grad)
-        walk = _Walk(seen, {id(p) for p in trained}, self._copies)
+        walk = _Walk(seen, {id(p) for p in trained}, self._copies, is_sharded(self.model))
         self._copies.begin()
         walk.modules("", self.model)
         size = sum(p.nbytes for p in walk.trained)
@@ -165,8 +166,8 @@ class _Copies:
 class _Walk:
     """Goes through all that a model keeps, each thing once."""
 
-    def __init__(self, seen: Seen, trained: set[int], copies: _Copies) -> None:
-        self.seen, self._trained, self._copies = seen, trained, copies
+    def __init__(self, seen: Seen, trained: set[int], copies: _Copies, sharded: bool) -> None:
+        self.seen, self._trained, self._copies, self._sharded = seen, trained, copies, sharded
         self.tensors: list[tuple[str, Tensor]] = []
         self.trained: list[Tensor] = []
         self.unknown: list[tuple[str, str]] = []  # where, and of which class
@@ -187,8 +188,7 @@ class _Walk:
             for key, value in parts:
                 self.look(name, key, value)
             for key in _FILLED:
-                # FSDP2 puts gathered parameters and parts in each other's place.
-                if not (key == "_parameters" and _is_sharded(found[key])):
+                if key != "_parameters" or not self._sharded:  # FSDP2 puts parts and the whole in them
                     self.seen.containers.append((name, found[key], self._copies.of(found[key])))
             for key, value in (*found["_buffers"].items(), *found["_parameters"].items()):
                 if id(value) in self._trained:
@@ -206,8 +206,10 @@ class _Walk:
             return
         self._met.add(id(value))
         if isinstance(value, Tensor):
-            # One with a graph was made by a forward, and is not written to.
-            if id(value) not in self._trained and (value.is_leaf or not value.requires_grad):
+            # FSDP2 frees the memory of parameters that it has gathered. And a tensor with a graph was made by
+            # a forward, and is not written to.
+            gathered = self._sharded and isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
+            if id(value) not in self._trained and not gathered and value.is_leaf:
                 self.tensors.append((where, value))
         elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
             if isinstance(value, _CONTAINERS):
@@ -234,10 +236,6 @@ class _Walk:
                 self.look(module, key, each)
         else:
             self.seen.watched.append((f"{module}.{key}" if module else key, value, dict(found)))
-
-
-def _is_sharded(parameters: dict[str, Any]) -> bool:
-    return any(type(value) is DTensor for value in parameters.values())
 
 
 def _state_of(value: Any) -> Callable[[], Any] | None:
