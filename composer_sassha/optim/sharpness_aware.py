@@ -34,9 +34,9 @@ class SharpnessAwareOptimizer(OptimizerProxy):
     An ascent is due when `steps_taken % interval == 0`. A closure that returns None (its gradient overflowed)
     skips the step, which then changes nothing and does not count. So does a Hessian that is not finite before
     there is any estimate; later, the step goes on with the old one and the refresh is tried again. After an
-    exception in a pass, weights, buffers and RNG states are those from before the step. The descent draws the
-    same random numbers as the ascent, and leaves no trace in BatchNorm's statistics. With a partial ascent it
-    is the ascent that leaves none.
+    exception in a pass, weights, model and RNG states are those from before the step. The descent draws the
+    same random numbers as the ascent, and leaves no trace in the model (BatchNorm's statistics). With a partial
+    ascent it is the ascent that leaves none.
 
     Parameter groups, state and hooks are the base optimizer's own; see `OptimizerProxy`.
 
@@ -46,8 +46,8 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         interval: steps between perturbed steps, >= 1. Default: 1.
         curvature: when and how the Hessian diagonal is estimated; needs a base optimizer with
             `update_curvature`. None: never.
-        model: what the closure runs; its buffers are protected as said above. Without it only the RNG states
-            are.
+        model: what the closure runs; what a forward changes in it (buffers, untrained parameters, attributes)
+            is protected as said above. Without it only the RNG states are.
         sync_ascent: average the ascent gradient over the ranks; by default each rank perturbs along its own,
             and those that mix it into the update average the result.
         named_parameters: the parameters' names, for a perturbation that asks for them (ASAM); by default the
