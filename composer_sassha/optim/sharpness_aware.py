@@ -35,7 +35,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
     skips the step, which then changes nothing and does not count. So does a Hessian that is not finite before
     there is any estimate; later, the step goes on with the old one and the refresh is tried again. After an
     exception in a pass, weights, model and RNG states are those from before the step. The descent draws the
-    same random numbers as the ascent, and leaves no trace in the model (BatchNorm's statistics). With a partial
+    same random numbers as the ascent, and leaves no trace in the model (its statistics). With a partial
     ascent it is the ascent that leaves none.
 
     Parameter groups, state and hooks are the base optimizer's own; see `OptimizerProxy`.
