@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
+from composer_sassha.common.tensors import read
 from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
@@ -96,10 +97,9 @@ def phase(state: State) -> str | None:
 
 
 def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:
-    """Log those of the latest step's metrics that have these names."""
+    """Log those of the latest step's metrics that have these names, and read them for that."""
     (optimizer,) = state.optimizers
     assert isinstance(optimizer, SharpnessAwareOptimizer)
     found = {f"{prefix}/{name}": optimizer.metrics[name] for name in names if name in optimizer.metrics}
-    metrics = {name: v.item() if isinstance(v, Tensor) else v for name, v in found.items()}
-    if metrics:
-        logger.log_metrics(metrics)
+    if found and logger.destinations:
+        logger.log_metrics(dict(zip(found, read(found.values()), strict=True)))
