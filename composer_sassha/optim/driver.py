@@ -170,6 +170,7 @@ class Driver:
                     # A copy: the closure may return the same tensor again.
                     seen = loss.detach().clone() if isinstance(loss, Tensor) else loss
                     self.transaction.keep_seen()
+                loss = None  # its graph may hold outputs, which the next pass has no room for
                 self.transaction.start_again()
                 self.ascended = True
                 if wanted.keeps:
@@ -190,6 +191,7 @@ class Driver:
                     self.closure,
                     sync=not self.own_gradients if last else self._averages_ascents,
                     hidden=not last if self.settings.partial_ascent else self.ascended,
+                    applied=last and not self.mixes,
                 )
             )
 
