@@ -215,21 +215,25 @@ def ratio(rho: float, norm: Tensor, params: Iterable[Tensor]) -> Tensor:
     """Return rho / norm, or 0 if the quotient cannot scale a displacement of `params`.
 
     Example:
-        >>> norms = torch.tensor([2.0, 0.0, math.nan])
+        >>> norms = torch.tensor([2.0, 0.0, math.inf, math.nan])
         >>> ratio(0.5, norms, [torch.zeros(1)]).tolist()
-        [0.25, 0.0, 0.0]
+        [0.25, 0.0, 0.0, 0.0]
     """
     if norm.is_cpu:  # some devices have no float64
         norm = norm.double()
-    # Not rho / norm, which torch rounds twice.
-    return usable(torch.full_like(norm, rho) / norm, norm, params)
-
-
-def usable(scale: float | Tensor, norm: Tensor, params: Iterable[Tensor]) -> Tensor:
-    """Return the scale, or 0 if the norm is 0 or not finite, or a parameter's dtype cannot hold the scale."""
+    scale = torch.full_like(norm, rho) / norm  # not rho / norm, which torch rounds twice
     largest = min((torch.finfo(p.dtype).max for p in params), default=math.inf)
-    scale = scale if isinstance(scale, Tensor) else torch.full_like(norm, scale)
-    return torch.where((norm > 0) & (norm < math.inf) & (scale <= largest), scale, 0.0)
+    return torch.where(scale <= largest, scale, 0.0)  # neither infinity nor NaN is below it
+
+
+def guarded(rho: float, norm: Tensor) -> Tensor:
+    """Return rho, or 0 if the norm is 0 or not finite.
+
+    Example:
+        >>> guarded(0.5, torch.tensor([2.0, 0.0, math.inf, math.nan])).tolist()
+        [0.5, 0.0, 0.0, 0.0]
+    """
+    return torch.where((norm > 0) & (norm < math.inf), torch.full_like(norm, rho), 0.0)
 
 
 def displacement(perturbation: Perturbation, at: Point, g: Gradient) -> Displacement | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from composer_sassha.common import validate
-from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program, usable
+from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program, guarded
 
 
 @dataclass
@@ -47,6 +47,6 @@ class SAMPerturbation(Perturbation):
         e = at.towards(g, self.rho)
         if self.p == math.inf and g.tensors:
             torch._foreach_sign_(g.tensors)
-            e.scale = usable(self.rho, at.metrics["grad_norm"], g.params)
+            e.scale = guarded(self.rho, at.metrics["grad_norm"])
         yield Descent(e)
         return None

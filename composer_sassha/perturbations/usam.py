@@ -10,7 +10,7 @@ from composer_sassha.perturbations.base import (
     Perturbation,
     Point,
     Program,
-    usable,
+    guarded,
 )
 from composer_sassha.perturbations.ssam import renormalized
 
@@ -50,6 +50,6 @@ class USAMPerturbation(Perturbation):
         g = yield Ascent(keeps=self.renormalize)
         norm = g.norm()
         at.metrics |= {"rho": self.rho, "grad_norm": norm}
-        scale = usable(self.rho, norm, g.params)
+        scale = guarded(self.rho, norm)
         g_p = yield Descent(Displacement(g.params, g.tensors, scale, spare=True))
         return renormalized(g_p.flat, g.flat, at.shards) if self.renormalize else None
