@@ -115,7 +115,7 @@ class PerturbingAlgorithm(MethodAlgorithm):
             return
         if state.auto_microbatching and first:
             return  # the Trainer synchronizes all passes of the first batch
-        norms = dist.all_gather_object(norm)
+        norms = dist.all_gather_object(float(norm))
         if not all(0 < norm < math.inf for norm in norms):
             return
         self._looked_for_sync = True

@@ -1,15 +1,19 @@
 """Connects the algorithms to the Trainer: its passes, the wrapped optimizer, the scaler and the log."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from composer.core import Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
 from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.tensors import read
 from composer_sassha.common.validate import SettingError
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
@@ -24,26 +28,63 @@ class TrainerPasses(PassRunner):
     def __init__(self, state: State) -> None:
         super().__init__(state.model)
         self.state = state
+        self._postponed: list[Callable[[], Any]] = []
         # Called when an exception has ended a step, to drop what algorithms keep between its passes.
         self.on_rollback: list[Callable[[], None]] = []
 
-    def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
+    def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False, applied: bool = True) -> Any:
         """Run one pass; see `PassRunner`. The Trainer's closure handles `sync` itself."""
-        state = self.state
         if any(part._version != version for part, version in self._versions):
             raise SettingError(
                 "an algorithm has written into the batch (CutMix does, into targets as large as the images), "
                 "which a second pass would see; leave it out, or use MSAM, which needs one pass"
             )
+        with contextlib.nullcontext() if applied else self._without_edits():
+            return self._run(closure, sync, hidden)
+
+    def _run(self, closure: Closure, sync: bool, hidden: bool) -> Any:
+        state = self.state
         if not hidden:
             return closure(ddp_sync=sync)
         # The closure updates these and logs `loss_dict`, whichever pass it runs: give it others to write to.
-        seen = state.train_metrics, state.loss, state.outputs
-        state.train_metrics = {}
+        # The seen outputs are not kept: they would be one batch of logits more at the peak of this pass.
+        seen = state.train_metrics, tree_map(_detached, state.loss)
+        state.train_metrics, state.loss, state.outputs = {}, torch.Tensor(), torch.Tensor()
         try:
             return closure(ddp_sync=sync, loss_dict={})
         finally:
-            state.train_metrics, state.loss, state.outputs = seen
+            state.train_metrics, state.loss = seen
+            state.outputs = torch.Tensor()  # nor are the hidden ones shown in their place
+
+    @contextlib.contextmanager
+    def _without_edits(self) -> Iterator[None]:
+        """Postpone what algorithms do on AFTER_TRAIN_BATCH, where they edit the gradient that is applied."""
+        self._postponed = []
+
+        def postpone(apply: Callable[..., Any], event: Event, *args: Any) -> Any:
+            if event != Event.AFTER_TRAIN_BATCH:
+                return apply(event, *args)
+            self._postponed.append(functools.partial(apply, event, *args))
+            return None
+
+        # Not in another list: the engine sorts algorithms by their class, and others look for theirs.
+        algorithms = list(dict.fromkeys(self.state.algorithms))
+        own = [vars(algorithm).get("apply") for algorithm in algorithms]
+        for algorithm in algorithms:
+            vars(algorithm)["apply"] = functools.partial(postpone, algorithm.apply)
+        try:
+            yield
+        finally:
+            for algorithm, apply in zip(algorithms, own, strict=True):
+                del vars(algorithm)["apply"]
+                if apply is not None:
+                    vars(algorithm)["apply"] = apply
+
+    def edit_update(self) -> None:
+        """Let the algorithms edit the update, as they do with the gradient of plain SGD."""
+        for edit in self._postponed:
+            edit()
+        self._postponed = []
 
     def begin(self) -> None:
         """Keep the batch, which an interrupted pass would replace."""
@@ -60,6 +101,10 @@ class TrainerPasses(PassRunner):
             metric.reset()
         for forget in self.on_rollback:
             forget()
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = None) -> SharpnessAwareOptimizer:
@@ -104,10 +149,9 @@ def phase(state: State) -> str | None:
 
 
 def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:
-    """Log those of the latest step's metrics that have these names."""
+    """Log those of the latest step's metrics that have these names, and read them for that."""
     (optimizer,) = state.optimizers
     assert isinstance(optimizer, SharpnessAwareOptimizer)
     found = {f"{prefix}/{name}": optimizer.metrics[name] for name in names if name in optimizer.metrics}
-    metrics = {name: v.item() if isinstance(v, Tensor) else v for name, v in found.items()}
-    if metrics:
-        logger.log_metrics(metrics)
+    if found and logger.destinations:
+        logger.log_metrics(dict(zip(found, read(found.values()), strict=True)))

@@ -65,7 +65,9 @@ class Microbatch:
 
 def _hutchinson(batch: Microbatch) -> list[Tensor]:
     diagonal = hutchinson_diagonal(batch.grads, batch.params, batch.keys)
-    return diagonal if batch.scale == 1 else list(torch._foreach_div(diagonal, batch.scale))
+    if batch.scale != 1:
+        torch._foreach_div_(diagonal, batch.scale)
+    return diagonal
 
 
 def _gauss_newton(batch: Microbatch) -> list[Tensor]:

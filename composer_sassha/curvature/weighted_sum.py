@@ -29,7 +29,6 @@ class WeightedSum:
         # One flat tensor, so that one collective averages it: the diagonal, and each parameter's uses.
         size = sum(p.numel() for p in self._parts) + len(params)
         self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
-        self._uses = [0] * len(params)
         self.batch_weight: Tensor | float = 0.0
         self._estimated_weight: Tensor | float = 0.0  # of the samples that were estimated on
 
@@ -37,17 +36,16 @@ class WeightedSum:
         """Add an estimate.
 
         Args:
-            diagonals: of the parameters that were used.
+            diagonals: of the parameters that were used; they are overwritten.
             own: their positions.
             weight: of the samples that were estimated on.
         """
         self._estimated_weight = self._estimated_weight + weight
         if own:
-            entries, _ = self._split()
-            scaled = torch._foreach_mul(list(diagonals), weight)
-            torch._foreach_add_([entries[i] for i in own], list(scaled))
-        for i in own:
-            self._uses[i] += 1
+            entries, uses = self._split()
+            torch._foreach_mul_(list(diagonals), weight)
+            torch._foreach_add_([entries[i] for i in own], list(diagonals))
+            torch._foreach_add_([uses] if len(own) == len(uses) else [uses[i] for i in own], 1)
 
     def average(self, of_a_part: bool) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
         """Average the sum over the ranks; once.
@@ -65,7 +63,6 @@ class WeightedSum:
             average_(torch.as_tensor(self.batch_weight))
         if shards is not None or of_a_part:
             total.mul_(self.batch_weight / self._estimated_weight)
-        counts.copy_(torch.tensor(self._uses))
         if shards is None:
             average_(total)
         entries = total[: -len(self._params)]

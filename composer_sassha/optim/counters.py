@@ -33,6 +33,8 @@ class Counters:
         """Give the counters to groups that lack them, from the first group or at their start."""
         groups = self._optimizer.param_groups
         for group in groups:
+            if COUNTERS.keys() <= group.keys():
+                continue
             for name, start in COUNTERS.items():
                 group.setdefault(name, groups[0].get(name, start))
 

@@ -20,13 +20,22 @@ from composer_sassha.perturbations import Ascent, Descent, Displacement, Gradien
 Phase = Literal["ascent", "descent"] | None
 
 
+# Reading a norm makes a device wait, so that there the norms of this many displacements are read together.
+LOOK_EVERY = 100
+
+
 class Watch:
-    """Warns once if the perturbation is skipped (non-finite norm) or lost in rounding."""
+    """Warns once if the perturbation is skipped (non-finite norm) or lost in rounding.
+
+    A norm in the host's memory is looked at at once; one on a device on the first step, and then with the
+    norms of the `LOOK_EVERY` steps before it.
+    """
 
     def __init__(self) -> None:
         self._warned_of_norm = self._looked_at_rounding = False
+        self._looks, self._norms = 0, list[Tensor]()  # those not read yet
 
-    def look(self, e: Displacement, w: list[Tensor], norm: float) -> None:
+    def look(self, e: Displacement, w: list[Tensor], norm: float | Tensor) -> None:
         """Look at a displacement that was applied.
 
         Args:
@@ -34,15 +43,14 @@ class Watch:
             w: the parameters before it.
             norm: what it was divided by.
         """
-        if not math.isfinite(norm) and not self._warned_of_norm:
-            self._warned_of_norm = True
-            warnings.warn(
-                f"the norm that the perturbation divides by is {norm}: the weights are not displaced on this "
-                "step; look for a gradient that is not finite",
-                stacklevel=10,
-            )
+        norm = torch.as_tensor(norm)
+        if not self._warned_of_norm:
+            self._norms.append(norm)
+            if norm.is_cpu or self._looks % LOOK_EVERY == 0:
+                self._look_at_norms()
+            self._looks += 1
         coarse = [i for i, weight in enumerate(w) if torch.finfo(weight.dtype).bits < 32]
-        if self._looked_at_rounding or not coarse or not 0 < norm < math.inf:
+        if self._looked_at_rounding or not coarse or not 0 < norm.item() < math.inf:
             return
         self._looked_at_rounding = True
         params = local(e.params)
@@ -56,6 +64,17 @@ class Watch:
                 "that it is to move, the others are lost in rounding; take a larger rho, or float32 "
                 "parameters and precision='amp_bf16'",
                 stacklevel=10,
+            )
+
+    def _look_at_norms(self) -> None:
+        values = torch.stack(self._norms).tolist()
+        self._norms.clear()
+        if bad := [value for value in values if not math.isfinite(value)]:
+            self._warned_of_norm = True
+            warnings.warn(
+                f"the norm that the perturbation divides by is {bad[0]}: the weights are not displaced on "
+                "this step; look for a gradient that is not finite",
+                stacklevel=11,
             )
 
 
@@ -151,6 +170,7 @@ class Driver:
                     # A copy: the closure may return the same tensor again.
                     seen = loss.detach().clone() if isinstance(loss, Tensor) else loss
                     self.transaction.keep_seen()
+                loss = None  # its graph may hold outputs, which the next pass has no room for
                 self.transaction.start_again()
                 self.ascended = True
                 if wanted.keeps:
@@ -171,6 +191,7 @@ class Driver:
                     self.closure,
                     sync=not self.own_gradients if last else self._averages_ascents,
                     hidden=not last if self.settings.partial_ascent else self.ascended,
+                    applied=last and not self.mixes,
                 )
             )
 

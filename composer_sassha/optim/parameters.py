@@ -1,6 +1,6 @@
 """The optimizer's parameters as one step sees them, and the vectors over them."""
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -78,12 +78,9 @@ class ParameterView:
 
     def point(self, **known: Any) -> Point:
         """Return what a perturbation's program can know; `known` is the rest of it."""
-        states = [self.optimizer.state.get(p, {}) for p in self.trainable]
-        if self.shards is not None:
-            states = [dict(zip(each, local(each.values()), strict=True)) for each in states]
         return Point(
             self.trainable,
-            states=states,
+            states=_States(self.trainable, self.optimizer.state),
             group=self.optimizer.param_groups[0],
             rank=rank() if self.shards is None else self.shards.part,
             shards=self.shard_group,
@@ -108,7 +105,8 @@ class ParameterView:
             everything = torch.cat(parts)
             average_(everything)
             update, counts, *stored = everything.split([part.numel() for part in parts])
-            used = [count > 0 for count in counts.tolist()]
+            if not all(used):  # else there is nothing to read back
+                used = [count > 0 for count in counts.tolist()]
             memory.stored = dict(zip(memory.stored, stored, strict=True))
         pieces = unflatten(update, local(self.trainable))
         chosen = [(p, piece) for p, piece, use in zip(self.trainable, pieces, used, strict=True) if use]
@@ -116,6 +114,20 @@ class ParameterView:
             if p.grad is None:  # another rank has used it
                 p.grad = torch.empty_like(p)
         copy_into(local(p.grad for p, _ in chosen), [piece for _, piece in chosen])
+
+
+class _States(Sequence[Mapping[str, Any]]):
+    """What the optimizer keeps for each parameter: only looked up where a program reads it, as MSAM does."""
+
+    def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        self._params, self._state = params, state
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __getitem__(self, i: Any) -> Any:
+        state = self._state.get(self._params[i], {})
+        return dict(zip(state, local(state.values()), strict=True))
 
 
 class Memory(MutableMapping[str, Tensor]):

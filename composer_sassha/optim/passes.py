@@ -31,18 +31,21 @@ class PassRunner:
         ddp = isinstance(self.model, DistributedDataParallel)
         return ddp and getattr(self.model, "find_unused_parameters", False)
 
-    def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
+    def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False, applied: bool = True) -> Any:
         """Run one pass and return the closure's loss, or None if the gradient overflowed.
 
         Args:
             closure: computes the loss and its gradients.
             sync: average the gradients over the ranks.
             hidden: leave no trace in metrics and logs. A plain loop has none, so that it is ignored here.
+            applied: the gradient is the update. Else what edits gradients must leave it alone (clipping, for
+                one), which `edit_update` does later, if at all. A plain loop edits in its closure or in a
+                hook of the base optimizer, so that this is ignored here.
 
         Raises:
             RuntimeError: the closure is a Composer Trainer's, which this runner does not serve.
         """
-        del hidden  # a plain loop logs the loss that `step` returns
+        del hidden, applied  # a plain loop logs the loss that `step` returns
         if "loss_dict" in inspect.signature(closure).parameters:
             raise RuntimeError(
                 "in a Composer Trainer the passes need an algorithm: add composer_sassha.SAM() or Sassha() "
@@ -52,6 +55,9 @@ class PassRunner:
             with self.model.no_sync():
                 return closure()
         return closure()
+
+    def edit_update(self) -> None:
+        """Edit an update that was made of several gradients, now in their place; here nothing."""
 
     def begin(self) -> None:
         """Prepare for a step; called before its first pass."""

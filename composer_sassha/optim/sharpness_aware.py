@@ -199,7 +199,6 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             self._checked = True
         memory = Memory(view, perturbation)
         point = view.point(name_of=self._name_of, step=self.steps_taken, memory=memory, metrics=self.metrics)
-        mixes = perturbation is not None and perturbation.mixes
         if perturbation is None:
             program = unperturbed()
         else:
@@ -210,7 +209,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
                 self.refresh.begin(view, scaler)
             self.phase = phase
 
-        driver = Driver(self, view, transaction, closure, begin_pass, mixes)
+        driver = Driver(self, view, transaction, closure, begin_pass, getattr(perturbation, "mixes", False))
         with self.refresh.differentiable(scaler):
             seen, last, update = driver.run(program)
         if seen is not None:
@@ -219,8 +218,9 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             if update is not None:
                 view.set_gradient(update, memory, average=driver.own_gradients)
             del update  # the base optimizer may need its memory
-            if mixes:
+            if driver.mixes:
                 view.mirror()
+                self.runner.edit_update()
         if seen is None or self.refresh.finish(self.base_optimizer, scaler, self.metrics) is Outcome.SKIPPED:
             transaction.start_again()
             self._skipped(overflowed=seen is None and scaler is None)

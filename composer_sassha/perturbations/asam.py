@@ -72,6 +72,6 @@ class ASAMPerturbation(Perturbation):
             torch._foreach_add_(scales, self.eta)
             torch._foreach_mul_(scaled, scales)
         e = at.towards(g, self.rho)
-        if weights and e.scale:
+        if weights:
             torch._foreach_mul_(scaled, scales)
         return e

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from composer_sassha.common.sharding import local
-from composer_sassha.common.tensors import flatten, global_norm
+from composer_sassha.common.tensors import add_scaled_, flatten, global_norm
 
 
 @dataclass
@@ -31,16 +31,20 @@ class Displacement:
     Args:
         params: the displaced parameters; of sharded ones the whole `DTensor`.
         direction: a tensor for each, in the shape of this rank's part.
-        scale: 0 displaces by nothing.
+        scale: 0 displaces by nothing, even along a direction that is not finite. A tensor is not read back.
+        spare: applying a scale that is a tensor may overwrite the direction, which saves memory.
     """
 
     params: Sequence[Tensor]
     direction: Sequence[Tensor]
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
+    spare: bool = False
 
     def apply(self) -> None:
         """Move the parameters to w + e, in place."""
-        if self.scale and self.params:
+        if isinstance(self.scale, Tensor):
+            add_scaled_(local(self.params), self.direction, self.scale, spare=self.spare)
+        elif self.scale and self.params:
             torch._foreach_add_(local(self.params), list(self.direction), alpha=self.scale)
 
 
@@ -81,8 +85,11 @@ class Gradient:
         found = dict(zip(self.params, self.tensors, strict=True))
         return flatten([found.get(p) for p in self._everyone], like=local(self._everyone))
 
-    def norm(self) -> float:
-        """Return the Euclidean norm over all parameters together, accumulated in at least float32."""
+    def norm(self) -> Tensor:
+        """Return the Euclidean norm over all parameters together, accumulated in at least float32.
+
+        A tensor with one entry: reading it back would make a device wait for the host.
+        """
         return global_norm(self.tensors, self.shards)
 
     def keep(self) -> None:
@@ -137,7 +144,7 @@ class Point:
         shards: the ranks that hold the other parts of sharded weights; None: the weights are whole.
         memory: flat vectors that the optimizer's state keeps from step to step, by name (see
             `Perturbation.remembers`); zero before anything was stored.
-        metrics: what to log about the step.
+        metrics: what to log about the step; tensors with one entry are read when they are logged.
     """
 
     params: Sequence[Tensor] = ()
@@ -154,7 +161,7 @@ class Point:
         """Return `e = rho * g / ||g||`, one norm over all parameters, and log both."""
         norm = g.norm()
         self.metrics |= {"rho": rho, "grad_norm": norm}
-        return Displacement(g.params, g.tensors, ratio(rho, norm, g.params))
+        return Displacement(g.params, g.tensors, ratio(rho, norm, g.params), spare=True)
 
 
 class Perturbation(ABC):
@@ -204,15 +211,29 @@ def unperturbed() -> Program:
     return None
 
 
-def ratio(rho: float, norm: float, params: Iterable[Tensor]) -> float:
+def ratio(rho: float, norm: Tensor, params: Iterable[Tensor]) -> Tensor:
     """Return rho / norm, or 0 if the quotient cannot scale a displacement of `params`.
 
     Example:
-        >>> ratio(0.5, 2.0, [torch.zeros(1)]), ratio(0.5, math.nan, [torch.zeros(1)])
-        (0.25, 0.0)
+        >>> norms = torch.tensor([2.0, 0.0, math.inf, math.nan])
+        >>> ratio(0.5, norms, [torch.zeros(1)]).tolist()
+        [0.25, 0.0, 0.0, 0.0]
     """
-    scale = rho / norm if 0 < norm < math.inf else 0.0
-    return scale if all(scale <= torch.finfo(dtype).max for dtype in {p.dtype for p in params}) else 0.0
+    if norm.is_cpu:  # some devices have no float64
+        norm = norm.double()
+    scale = torch.full_like(norm, rho) / norm  # not rho / norm, which torch rounds twice
+    largest = min((torch.finfo(p.dtype).max for p in params), default=math.inf)
+    return torch.where(scale <= largest, scale, 0.0)  # neither infinity nor NaN is below it
+
+
+def guarded(rho: float, norm: Tensor) -> Tensor:
+    """Return rho, or 0 if the norm is 0 or not finite.
+
+    Example:
+        >>> guarded(0.5, torch.tensor([2.0, 0.0, math.inf, math.nan])).tolist()
+        [0.5, 0.0, 0.0, 0.0]
+    """
+    return torch.where((norm > 0) & (norm < math.inf), torch.full_like(norm, rho), 0.0)
 
 
 def displacement(perturbation: Perturbation, at: Point, g: Gradient) -> Displacement | None:

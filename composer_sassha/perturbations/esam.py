@@ -61,11 +61,11 @@ class ESAMPerturbation(Perturbation):
         g = yield Ascent()
         norm = g.norm()
         at.metrics |= {"rho": self.rho, "grad_norm": norm}
-        scale = ratio(self.rho / self.beta, norm, g.params)
-        if scale and self.beta < 1:
+        if g.tensors and self.beta < 1:
             # The key has the rank: each one displaces other weights, as each has another gradient.
             torch._foreach_mul_(g.tensors, bernoulli(g.tensors, self.beta, (self.seed, at.step, at.rank)))
-        yield Descent(Displacement(g.params, g.tensors, scale))
+        scale = ratio(self.rho / self.beta, norm, g.params)
+        yield Descent(Displacement(g.params, g.tensors, scale, spare=True))
         return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from composer_sassha.common import validate
-from composer_sassha.perturbations.base import Ascent, Descent, Displacement, Perturbation, Point, Program
+from composer_sassha.perturbations.base import Ascent, Descent, Perturbation, Point, Program, guarded
 
 
 @dataclass
@@ -45,7 +45,8 @@ class SAMPerturbation(Perturbation):
         """Yield SAM's two passes; see `Perturbation.step`."""
         g = yield Ascent()
         e = at.towards(g, self.rho)
-        if self.p == math.inf and 0 < at.metrics["grad_norm"] < math.inf:
-            e = Displacement(g.params, torch._foreach_sign(g.tensors), self.rho)
+        if self.p == math.inf and g.tensors:
+            torch._foreach_sign_(g.tensors)
+            e.scale = guarded(self.rho, at.metrics["grad_norm"])
         yield Descent(e)
         return None

@@ -1,10 +1,17 @@
 """SAM without normalization (Andriushchenko and Flammarion 2022, arXiv 2206.06232)."""
 
-import math
 from dataclasses import dataclass
 
 from composer_sassha.common import validate
-from composer_sassha.perturbations.base import Ascent, Descent, Displacement, Perturbation, Point, Program
+from composer_sassha.perturbations.base import (
+    Ascent,
+    Descent,
+    Displacement,
+    Perturbation,
+    Point,
+    Program,
+    guarded,
+)
 from composer_sassha.perturbations.ssam import renormalized
 
 
@@ -43,5 +50,6 @@ class USAMPerturbation(Perturbation):
         g = yield Ascent(keeps=self.renormalize)
         norm = g.norm()
         at.metrics |= {"rho": self.rho, "grad_norm": norm}
-        g_p = yield Descent(Displacement(g.params, g.tensors, self.rho if 0 < norm < math.inf else 0.0))
+        scale = guarded(self.rho, norm)
+        g_p = yield Descent(Displacement(g.params, g.tensors, scale, spare=True))
         return renormalized(g_p.flat, g.flat, at.shards) if self.renormalize else None

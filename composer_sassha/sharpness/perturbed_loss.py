@@ -94,7 +94,7 @@ def sam_sharpness(objective: Objective, rho: float = 0.05, steps: int = 1) -> fl
 def _project(params: Sequence[Tensor], centre: Sequence[Tensor], rho: float) -> None:
     """Project the weights onto the ball of radius rho around the centre if they lie outside of it."""
     away = list(torch._foreach_sub(list(params), list(centre)))
-    length = global_norm(away)
+    length = global_norm(away).item()
     # The tolerance leaves a first step alone, which is longer than rho by rounding only: it is SAM's own e.
     if length > rho * (1 + 1e-6):
         copy_into(params, centre)

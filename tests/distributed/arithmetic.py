@@ -3,12 +3,13 @@
 import copy
 
 import torch
+from composer.algorithms import GradientClipping
 from composer.models import ComposerClassifier, ComposerModel
 from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from composer_sassha import GSAM, SASSHA, Sassha
+from composer_sassha import GSAM, SASSHA, SSAM, LookSAM, Sassha, SharpnessAwareOptimizer
 from composer_sassha.curvature import rademacher
 from tests.algorithms.test_sassha import Separable, scalars
 from tests.helpers import copied, images, trainer
@@ -151,3 +152,52 @@ def gsam_combines(sync_ascent: bool) -> None:
     for name, p in net.named_parameters():
         assert (p - (w[name] - 0.1 * update[name])).abs().max() <= 1e-12, name
     run.close()
+
+
+class Linear(ComposerModel):
+    """A loss whose gradient is the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, batch):
+        return (batch[0] @ self.w).mean()
+
+    def loss(self, outputs, batch):
+        return outputs
+
+
+def clips_what_is_applied() -> None:
+    """Two gradients of norm 10 whose average has norm 0.5 give a step that needs no clipping."""
+    x = torch.tensor([[10.0, 0.5]]) if dist.get_global_rank() == 0 else torch.tensor([[-10.0, 0.5]])
+    for algorithm in (GSAM(), SSAM(), LookSAM()):
+        loader = DataLoader(TensorDataset(x), sampler=DistributedSampler(x, num_replicas=1, rank=0))
+        run = trainer(
+            lambda params: torch.optim.SGD(params, lr=1.0),
+            [algorithm, GradientClipping("norm", 1.0)],
+            model=(model := Linear()),
+            max_duration="1ba",
+            train_dataloader=loader,
+        )
+        run.fit()
+        run.close()
+
+        plain = nn.parallel.DistributedDataParallel(loop := Linear())
+        base = torch.optim.SGD(plain.parameters(), lr=1.0)
+        optimizer = SharpnessAwareOptimizer(base, algorithm.perturbation, model=plain)
+
+        def clip(*_, w=loop.w):
+            nn.utils.clip_grad_norm_([w], 1.0)
+
+        optimizer.register_step_pre_hook(clip)
+
+        def closure(optimizer=optimizer, plain=plain):
+            optimizer.zero_grad()
+            loss = plain([x])
+            optimizer.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        for found in (model.w, loop.w):
+            assert (found - torch.tensor([0.0, -0.5])).abs().max() <= 1e-6, (algorithm, found)

@@ -251,6 +251,36 @@ def test_the_rounding_check_counts_the_momentum():
         train(model, optimizer, 1)
 
 
+class KeepsItsInput(torch.autograd.Function):
+    """A loss whose node keeps the outputs, beyond its backward."""
+
+    @staticmethod
+    def forward(ctx, outputs):
+        ctx.outputs = outputs
+        return outputs.square().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2 * ctx.outputs / ctx.outputs.numel()
+
+
+def test_the_first_outputs_are_gone_before_the_second_forward():
+    model, seen, alive = net(), [], []
+    optimizer = wrapped(model, SAMPerturbation(RHO))
+
+    def closure():
+        optimizer.zero_grad()
+        alive.append([outputs() is not None for outputs in seen])
+        outputs = model(torch.ones(2, 4, dtype=torch.float64))
+        seen.append(weakref.ref(outputs))
+        loss = KeepsItsInput.apply(outputs)
+        optimizer.backward(loss)
+        return loss
+
+    assert isinstance(optimizer.step(closure), torch.Tensor)
+    assert alive == [[], [False]]
+
+
 class Yields(Perturbation):
     """A program of these passes, which returns this update."""
 
