@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from composer_sassha.common.batches import select, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.ranks import several
+from composer_sassha.common.ranks import ALONE, Ranks, given_ranks, sharing
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
 from composer_sassha.common.validate import SettingError
@@ -39,8 +38,8 @@ class Objective:
         params: the parameters by name; those that require no gradient are held fixed.
         loss: returns the loss of one batch, a mean over its samples.
         batches: at least one batch, each with its number of samples.
-        shared: whether every rank holds a part of the batches. Sums are then over all ranks, and all ranks
-            must call the same methods. False: this process's batches alone. Default: True.
+        process_group: the ranks of which each holds a part of the batches. Sums are then over all of them,
+            and all must call the same methods. Default: None, this process's batches alone.
         tick: called before each evaluation. Default: does nothing.
 
     Raises:
@@ -59,12 +58,13 @@ class Objective:
         params: Mapping[str, Tensor],
         loss: Callable[[Any], Tensor],
         batches: Sequence[tuple[Any, int]],
-        shared: bool = True,
+        process_group: Any = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
-        self.loss_of, self.batches, self.shared, self.tick = loss, list(batches), shared, tick
+        self.loss_of, self.batches, self.tick = loss, list(batches), tick
+        self.ranks: Ranks = given_ranks("sharpness", process_group) or ALONE
         if not self.params:
             raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
         coarse = {p.dtype for p in self.params} - {torch.float32, torch.float64}
@@ -131,7 +131,7 @@ class Objective:
                     groups.append([])
                     missing = m
         params = dict(zip(self.names, self.params, strict=True))
-        return [Objective(params, self.loss_of, group, shared=False) for group in groups[:-1]]
+        return [Objective(params, self.loss_of, group) for group in groups[:-1]]
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
@@ -166,8 +166,7 @@ class Objective:
             total = term if total is None else total.add_(term)
         assert total is not None
         total = torch.cat([total, total.new_tensor([self.samples])])
-        if self.shared and several():
-            dist.all_reduce(total)
+        self.ranks.reduce_(total)
         return total[:-1] / total[-1]
 
 
@@ -175,6 +174,7 @@ def objective_of(
     model: nn.Module,
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
+    process_group: Any = None,
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
@@ -183,13 +183,16 @@ def objective_of(
             training or not.
         batches: at least one batch, each with its number of samples.
         tick: see `Objective`.
+        process_group: see `Objective`; False: this process's batches alone. Default: the process group of a
+            model wrapped for data-parallel training, else False.
     """
-    inner = unwrapped(model)
+    inner, ranks = unwrapped(model), sharing(given_ranks("sharpness", process_group), model)
     return Objective(
         dict(inner.named_parameters()),
         lambda batch: total_loss(inner.loss(inner(batch), batch)),
         batches,
-        tick=tick,
+        ranks,
+        tick,
     )
 
 
