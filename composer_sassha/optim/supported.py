@@ -91,7 +91,7 @@ def check_training(
             f"{OWNER}: several ranks run, and nothing says that they train one model, so that each takes its "
             "own curvature and update; pass model= (DistributedDataParallel), or process_group=: "
             "torch.distributed.group.WORLD if your loop averages gradients, False for independent models",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 

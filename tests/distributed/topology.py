@@ -63,6 +63,7 @@ def train(
     part: int,
     *,
     average: Callable[[Tensor], Any] | None = None,
+    ascents: bool = False,
     steps: int = 5,
     **settings: Any,
 ) -> list[Any]:
@@ -72,7 +73,8 @@ def train(
         loop: a key of `LOOPS`.
         trained: the model.
         part: the number of the quarter of the images to train on; seeds the dropout too.
-        average: what the loop does with the gradients that are seen, by hand.
+        average: what the loop does with gradients, by hand.
+        ascents: also with those of ascents.
         steps: their number.
         settings: of the wrapper.
     """
@@ -86,7 +88,7 @@ def train(
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(trained(x), y)
         optimizer.backward(loss)
-        if average is not None and optimizer.phase != "ascent":
+        if average is not None and (ascents or optimizer.phase != "ascent"):
             for p in trained.parameters():
                 average(p.grad)
         return loss.detach()
@@ -151,10 +153,12 @@ def the_model_says_its_group(loop: str) -> None:
 
 def gradients_averaged_by_hand() -> None:
     """With process_group=WORLD, a loop without DDP takes DDP's steps; dividing by 2 rounds nothing."""
-    rank, everyone = dist.get_global_rank(), world()
-    by_hand = train("sassha", net(0), rank, average=everyone.average_, process_group=torch_dist.group.WORLD)
-    by_ddp = train("sassha", DistributedDataParallel(net(0)), rank)
-    assert_same(by_ddp[:2], by_hand[:2])
+    rank = dist.get_global_rank()
+    for loop, ascents in (("sassha", False), ("looksam", True)):
+        everyone = {"average": world().average_, "process_group": torch_dist.group.WORLD}
+        by_hand = train(loop, net(0), rank, ascents=ascents, **everyone)
+        by_ddp = train(loop, DistributedDataParallel(net(0)), rank, sync_ascent=ascents)
+        assert_same(by_ddp[:2], by_hand[:2])
 
 
 def a_group_that_the_models_is_not_in() -> None:
