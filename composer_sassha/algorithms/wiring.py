@@ -78,7 +78,7 @@ def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = Non
     if not isinstance(optimizer, SharpnessAwareOptimizer):
         optimizer = SharpnessAwareOptimizer(optimizer)
         state.optimizers = optimizer
-    if optimizer.process_group not in (None, world()):
+    if optimizer.process_group is not None and optimizer.process_group.size != world().size:
         raise SettingError(
             "SharpnessAwareOptimizer: process_group= is not allowed in a Trainer, all ranks of which train "
             "one model; leave it out"

@@ -6,12 +6,11 @@ packages ask `sharing` which ranks train one model together, and none reads the 
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -39,6 +38,11 @@ class Ranks:
         for group in self.groups:
             number = number * group.size() + group.rank()
         return number
+
+    @property
+    def members(self) -> set[int]:
+        """The ranks of its groups, and this one, by their numbers in the world."""
+        return {dist.get_rank()}.union(*map(dist.get_process_group_ranks, self.groups))
 
     @property
     def several(self) -> bool:
@@ -81,7 +85,10 @@ class Ranks:
 
 
 def _restored(names: list[str | None], known: bool) -> Ranks:
-    groups = [world().groups if name is None else (_resolve_process_group(name),) for name in names]
+    groups = [
+        world().groups if name is None else (dist.distributed_c10d._resolve_process_group(name),)
+        for name in names
+    ]
     return Ranks(tuple(group for each in groups for group in each), known)
 
 
@@ -94,8 +101,12 @@ def world() -> Ranks:
     return ALONE if group is None else Ranks((group,))
 
 
-def given_ranks(owner: str, process_group: Any) -> Ranks | None:
-    """Return what an argument `process_group` says: these ranks, this one alone (False), or nothing (None).
+# The argument `process_group`: these ranks, this one alone (False), or what the model says (None).
+Given = ProcessGroup | Ranks | Literal[False] | None
+
+
+def given_ranks(owner: str, process_group: Given) -> Ranks | None:
+    """Return the ranks that an argument `process_group` gives; None if it gives none.
 
     Raises:
         TypeError: it is anything else; the message begins with `owner`.
@@ -147,10 +158,13 @@ def sharing(given: Ranks | None, model: nn.Module | None, mesh: Ranks | None = N
                 "give each part an optimizer of its own"
             )
         return found.pop() if found else Ranks(known=not world().several)
-    if any(given.size < own.size for own in found) or (mesh is not None and given.size > mesh.size):
-        sizes = ", ".join(str(own.size) for own in found)
-        raise ValueError(
-            f"SharpnessAwareOptimizer: process_group= with {given.size} rank(s) is not allowed for a model "
-            f"that averages its gradient over {sizes} (DistributedDataParallel, FSDP2); leave it out"
-        )
+    for own in found:
+        # DDP's group may be a part of the given one, over which the loop averages. FSDP2's estimate needs
+        # exactly its mesh.
+        if not own.members <= given.members or (own == mesh and own.size != given.size):
+            raise ValueError(
+                f"SharpnessAwareOptimizer: process_group= of ranks {sorted(given.members)} is not allowed "
+                f"for a model whose gradient {sorted(own.members)} average (DistributedDataParallel, FSDP2); "
+                "leave it out"
+            )
     return given

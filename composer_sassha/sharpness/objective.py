@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from composer_sassha.common.batches import select, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.ranks import ALONE, Ranks, given_ranks, sharing
+from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks, sharing
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
 from composer_sassha.common.validate import SettingError
@@ -58,7 +58,7 @@ class Objective:
         params: Mapping[str, Tensor],
         loss: Callable[[Any], Tensor],
         batches: Sequence[tuple[Any, int]],
-        process_group: Any = None,
+        process_group: Given = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
@@ -174,7 +174,7 @@ def objective_of(
     model: nn.Module,
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
-    process_group: Any = None,
+    process_group: Given = None,
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
@@ -186,7 +186,7 @@ def objective_of(
         process_group: see `Objective`; False: this process's batches alone. Default: the process group of a
             model wrapped for data-parallel training, else False.
     """
-    inner, ranks = unwrapped(model), sharing(given_ranks("sharpness", process_group), model)
+    inner, ranks = unwrapped(model), given_ranks("sharpness", process_group) or sharing(None, model)
     return Objective(
         dict(inner.named_parameters()),
         lambda batch: total_loss(inner.loss(inner(batch), batch)),

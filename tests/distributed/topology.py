@@ -27,9 +27,9 @@ from composer_sassha.perturbations import (
     SAMPerturbation,
     SSAMPerturbation,
 )
-from composer_sassha.sharpness import Objective, top_eigenvalues
+from composer_sassha.sharpness import Objective, objective_of, top_eigenvalues, undisturbed
 from tests.distributed.launch import run_checks
-from tests.helpers import assert_same, copied, images, trainer
+from tests.helpers import assert_same, copied, images, network, trainer
 from tests.methods import NAMED
 
 
@@ -167,7 +167,7 @@ def a_group_that_the_models_is_not_in() -> None:
     before = copied(model.state_dict())
     own = [torch_dist.new_group([r]) for r in (0, 1)][dist.get_global_rank()]
     for group in (False, own):
-        with pytest.raises(ValueError, match=r"with 1 rank.* over 2 .*leave it out$") as error:
+        with pytest.raises(ValueError, match=r"of ranks \[.\] .* \[0, 1\] average .*leave it out$") as error:
             train("gsam", model, 0, process_group=group)
         assert "\n" not in str(error.value)
     two = nn.Sequential(model, DistributedDataParallel(nn.Linear(3, 3), process_group=own))
@@ -229,6 +229,15 @@ def an_objective_of_each_rank() -> None:
         return Objective({"w": w}, lambda x: x * (w**2).sum(), [(torch.tensor(factor), 1)], **settings)
 
     assert objective().loss() == objective(process_group=False).loss() == 5 * factor
+    model = network().double()
+    wrapped, batch = DistributedDataParallel(model), images(4 + 8 * dist.get_global_rank()).tensors
+    batches = [((batch[0].double(), batch[1]), len(batch[1]))]
+    with undisturbed(model):
+        alone = objective_of(wrapped, batches, process_group=False).loss()
+        assert alone == objective_of(model, batches).loss()
+        found = dist.all_gather_object((alone, len(batch[1])))
+        mean = sum(loss * count for loss, count in found) / 16
+        assert objective_of(wrapped, batches).loss() == pytest.approx(mean, rel=1e-12)
     assert top_eigenvalues(objective(), 1) == pytest.approx([2 * factor])
     shared = objective(process_group=torch_dist.group.WORLD)
     assert shared.loss() == 7.5 and top_eigenvalues(shared, 1) == pytest.approx([3.0])
@@ -281,5 +290,9 @@ def groups_of(size: int, out: Path) -> None:
             model = DistributedDataParallel(net(rank // size), process_group=groups[rank // size])
             torch.save(train(loop, model, rank), out / f"{loop}.{dist.get_world_size()}.{rank}.pt")
         copies_of_shards()
+        if groups[1:]:  # a group of the same size with another rank in it
+            crossing = [torch_dist.new_group([k, k + size]) for k in range(size)][rank % size]
+            with pytest.raises(ValueError, match="is not allowed for a model whose gradient"):
+                train("gsam", model, rank, process_group=crossing)
 
     run_checks({"groups": check}, out)
