@@ -145,6 +145,47 @@ def test_the_plain_packages_import_no_composer() -> None:
     subprocess.run([sys.executable, "-c", f"import sys, {', '.join(names)}; {check}"], check=True)
 
 
+def of_the_world(tree: ast.AST) -> list[str]:
+    """Return what a module asks of torch.distributed without saying which ranks are meant."""
+    found, aliases = [], ["torch.distributed."]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases += [f"{a.asname}." for a in node.names if a.asname and a.name == "torch.distributed"]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            functions = [
+                n for n in names if n.startswith("torch.distributed.") and n.split(".")[-1].islower()
+            ]
+            found += functions + [name for name in names if name.endswith("common.ranks.world")]
+        elif isinstance(node, ast.Attribute):
+            found += [text for text in [ast.unparse(node)] if text.endswith(".group.WORLD")]
+        elif isinstance(node, ast.Call) and "group" not in {keyword.arg for keyword in node.keywords}:
+            name = ast.unparse(node.func)
+            found += [name] if name.startswith(tuple(aliases)) and name.split(".")[-1].islower() else []
+    return found
+
+
+def test_reading_the_world_is_found() -> None:
+    for line in (
+        "import torch.distributed as dist\ndist.all_reduce(x)",
+        "torch.distributed.get_rank()",
+        "x = dist.group.WORLD",
+        "from torch.distributed import get_world_size",
+        "from composer_sassha.common.ranks import world",
+    ):
+        assert of_the_world(ast.parse(line))
+    for line in ("dist.all_reduce(x, group=shards)", "from torch.distributed import ProcessGroup"):
+        assert not of_the_world(ast.parse(line))
+
+
+def test_the_plain_packages_do_not_read_the_world() -> None:
+    """A process group may be there for other reasons than data parallelism; see `common.ranks`."""
+    names = tuple(f"composer_sassha.{part}." for part in PLAIN)
+    found = {name: of_the_world(tree) for name, tree in TREES.items() if name.startswith(names)}
+    assert found.pop("composer_sassha.common.ranks")
+    assert {name: reads for name, reads in found.items() if reads} == {}
+
+
 @pytest.mark.parametrize("module", ["recipes.errors", "recipes.files", "commands", "commands.command_line"])
 def test_what_help_needs_imports_no_torch(module: str) -> None:
     left, seen = [f"composer_sassha.{module}"], set()

@@ -9,24 +9,30 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from composer_sassha.common.ranks import any_rank
+from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks
 from composer_sassha.optim import SharpnessAwareOptimizer
+from composer_sassha.optim.parameters import ParameterView
 
 
 class ClosureGradScaler(torch.amp.GradScaler):
     """Scales gradients for optimizers that call a closure once per pass, such as SAM.
 
-    Every pass is unscaled and checked. If the gradient overflowed on any rank, the closure returns None on
-    all of them. `SharpnessAwareOptimizer` then skips the step and leaves everything as it was. The step of an
-    optimizer that takes one gradient, such as SGD, is not called at all. `update` then lowers the scale, once
-    per step. In all else it is its base class: a checkpoint of the one continues under the other, with its
-    scale. (A checkpoint of Composer's own SAM has another name for it, and starts with a fresh scale.)
+    Every pass is unscaled and checked. If the gradient overflowed on any of the ranks that share it, the
+    closure returns None on all of them. `SharpnessAwareOptimizer` then skips the step and leaves everything
+    as it was. The step of an optimizer that takes one gradient, such as SGD, is not called at all. `update`
+    then lowers the scale, once per step. In all else it is its base class: a checkpoint of the one continues
+    under the other, with its scale. (A checkpoint of Composer's own SAM has another name for it, and starts
+    with a fresh scale.)
 
     In a Composer Trainer with precision='amp_fp16', the algorithms install it. In your own loop, call
     `step(optimizer, closure=...)`, scale the loss within the closure, and call `update()` after the step.
 
     Args:
-        device: 'cuda' or 'cpu'. Default: 'cuda'. All other arguments are those of `torch.amp.GradScaler`.
+        device: 'cuda' or 'cpu'. Default: 'cuda'. All arguments but `process_group` are those of
+            `torch.amp.GradScaler`.
+        process_group: the ranks that back off together; False: this rank alone. Default: those that share the
+            gradient of a `SharpnessAwareOptimizer`. For any other optimizer it is this rank alone, which is
+            enough where all ranks have the same gradient, as under DistributedDataParallel.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -43,6 +49,10 @@ class ClosureGradScaler(torch.amp.GradScaler):
         >>> w.data  # 1 - 0.1 * 2
         tensor([0.8000])
     """
+
+    def __init__(self, *args: Any, process_group: Given = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = given_ranks("ClosureGradScaler", process_group)
 
     def step(self, optimizer: Optimizer, *args: Any, closure: Callable[..., Any], **kwargs: Any) -> Any:
         """Step the optimizer with a closure whose gradients are unscaled and checked.
@@ -65,6 +75,9 @@ class ClosureGradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return step(*args, closure=closure, **kwargs)
 
+        ranks = self._given or ALONE
+        if isinstance(optimizer, SharpnessAwareOptimizer):
+            ranks = ParameterView(optimizer, optimizer.model, self._given or optimizer.process_group).ranks
         wrapped = id(getattr(optimizer, "base_optimizer", optimizer))
 
         def checked(**settings: Any) -> Any:
@@ -78,7 +91,7 @@ class ClosureGradScaler(torch.amp.GradScaler):
                     del self._per_optimizer_states[wrapped]
             if state["stage"] is OptState.READY:  # else the Trainer has unscaled, to clip
                 self.unscale_(optimizer)
-            return None if self._overflowed(state, skipped=loss is None) else loss
+            return None if self._overflowed(state, ranks, skipped=loss is None) else loss
 
         if isinstance(optimizer, SharpnessAwareOptimizer):
             kwargs["scaler"] = self  # the Hessian must not have the gradient's scale
@@ -96,8 +109,8 @@ class ClosureGradScaler(torch.amp.GradScaler):
             step(*args, **kwargs)
         return loss
 
-    def _overflowed(self, state: dict[str, Any], skipped: bool) -> bool:
-        """Whether the gradient overflowed, or the closure returned None, on any rank; all ranks back off.
+    def _overflowed(self, state: dict[str, Any], ranks: Ranks, skipped: bool) -> bool:
+        """Whether the gradient overflowed, or the closure returned None, on any of the ranks; all back off.
 
         One collective, which every rank must reach: a rank that skipped alone would drift apart.
         """
@@ -106,7 +119,7 @@ class ClosureGradScaler(torch.amp.GradScaler):
             found = [torch.zeros((), device=self._device)]
             state["found_inf_per_device"] = {found[0].device: found[0]}
         here = torch.stack([f.reshape(()).to(found[0].device) for f in found]).sum() > 0
-        overflowed = any_rank(here | skipped)
+        overflowed = ranks.any(here | skipped)
         for f in found:
             f.fill_(float(overflowed))
         return overflowed

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
+from composer_sassha.common.ranks import world
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import read
 from composer_sassha.common.validate import SettingError
@@ -115,12 +116,20 @@ def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = Non
     Args:
         state: the Trainer's.
         on_rollback: called when an exception has ended a step.
+
+    Raises:
+        SettingError: the user has, and has given it a process group that is not all ranks.
     """
     (optimizer,) = state.optimizers
     if not isinstance(optimizer, SharpnessAwareOptimizer):
         optimizer = SharpnessAwareOptimizer(optimizer)
         state.optimizers = optimizer
-    optimizer.model = state.model
+    if optimizer.process_group is not None and optimizer.process_group.size != world().size:
+        raise SettingError(
+            "SharpnessAwareOptimizer: process_group= is not allowed in a Trainer, all ranks of which train "
+            "one model; leave it out"
+        )
+    optimizer.model, optimizer.process_group = state.model, world()
     if not isinstance(optimizer.runner, TrainerPasses) or optimizer.runner.state is not state:
         optimizer.runner = TrainerPasses(state)
     if on_rollback is not None:
@@ -132,7 +141,8 @@ def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = Non
 def scale_gradients(state: State) -> None:
     """Install our gradient scaler if the precision is float16; call it again when fit() has made another."""
     if state.precision == Precision.AMP_FP16 and not isinstance(state.scaler, ClosureGradScaler):
-        state.scaler = ClosureGradScaler("cuda" if state.device.name == "gpu" else "cpu")
+        device = "cuda" if state.device.name == "gpu" else "cpu"
+        state.scaler = ClosureGradScaler(device, process_group=world())
 
 
 def snapshot(state: State, learn: bool = True) -> Snapshot:

@@ -13,6 +13,7 @@ from composer.utils import MissingConditionalImportError, create_interval_schedu
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
 from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.ranks import world
 from composer_sassha.common.sharding import is_sharded
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.sharpness.measures import Deadline, Measures, measure
@@ -184,10 +185,10 @@ class SharpnessMonitor(Callback):
     def _objective(self, state: State) -> Iterator[Objective]:
         """Yield the objective, with the deadline running from now."""
         model = unwrapped(state.model)
-        deadline = Deadline(self.max_seconds, next(model.parameters()).device)
+        deadline = Deadline(self.max_seconds, next(model.parameters()).device, world())
         with undisturbed(model, self.batch_statistics):
             if dist.get_world_size() > 1:
                 # Each rank has BatchNorm statistics of its own; the measures must be of one function.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
-            yield objective_of(model, self._taken, deadline)
+            yield objective_of(model, self._taken, deadline, world())

@@ -9,12 +9,21 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from composer_sassha.common.ranks import Ranks
+
 
 class Shards(NamedTuple):
-    """The ranks among which parameters are sharded, and the number of this rank's part."""
+    """The ranks among which parameters are sharded, and the number of this rank's part.
+
+    Args:
+        group: those that hold the other parts of the same copy.
+        part: the number of this rank's part.
+        ranks: all ranks over which FSDP2 averages the gradient: with HSDP, those of the other copies too.
+    """
 
     group: ProcessGroup
     part: int
+    ranks: Ranks
 
 
 def shards_of(params: Iterable[Tensor]) -> Shards | None:
@@ -34,7 +43,8 @@ def shards_of(params: Iterable[Tensor]) -> Shards | None:
             "first dimension, over one dimension of one mesh); other shardings are not supported"
         )
     mesh = layout[0]
-    return Shards(mesh.get_group(dims[0]), mesh.get_local_rank(dims[0]))
+    groups = tuple(mesh.get_all_groups())
+    return Shards(groups[dims[0]], mesh.get_local_rank(dims[0]), Ranks(groups))
 
 
 def local(tensors: Iterable[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from composer_sassha.common.ranks import average_, rank, world_size
+from composer_sassha.common.ranks import ALONE, Ranks
 from composer_sassha.common.sharding import forget_copies, local, shards_of
 from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature.delivery import stand_in
@@ -42,6 +42,7 @@ class Estimation:
         scale: what the loss is multiplied with while it is differentiated for the estimate alone.
         model: what has sharded parameters, and gathers them.
         look: warn of what the estimator cannot work with, or refuse it.
+        ranks: those that share the gradient, and average the estimate. Default: this process alone.
 
     Raises:
         RuntimeError: `params` is empty.
@@ -67,6 +68,7 @@ class Estimation:
         scale: float = 1.0,
         model: nn.Module | None = None,
         look: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not params:
             raise RuntimeError(
@@ -78,8 +80,8 @@ class Estimation:
             raise SettingError(reason)
         self._params, self._others, self._step = list(params), list(others), step
         self._scale, self._gradient_scale, self._model = scale, gradient_scale, model
-        self._look = look
-        self._sum = WeightedSum(self._params, self._shards)
+        self._look, self._ranks = look, ranks
+        self._sum = WeightedSum(self._params, self._shards, ranks)
         self._attached = self._delivered = self._samples_seen = 0
 
     def attach(
@@ -164,7 +166,7 @@ class Estimation:
         self._look_at(evaluation)
         samples = torch.tensor(float(size or weight), device=evaluation.loss.device)
         mean = samples.clone()
-        average_(mean)
+        self._ranks.average_(mean)
         in_mean = (samples / mean).item()
         gradients = ByBackward(self._params, self._others, in_mean)
         batch = Microbatch(
@@ -172,12 +174,12 @@ class Estimation:
             grads=gradients(evaluation.loss, True) if self.needs.evaluates_again else (),
             params=local(self._params),  # now: in its first forward, FSDP2 puts other parts in their place
             # The probe is that of this rank's part of the parameters, the labels those of its samples.
-            keys=self._keys(self._shards.part if self.needs.evaluates_again else rank()),
+            keys=self._keys(self._shards.part if self.needs.evaluates_again else self._ranks.rank),
             size=size,
             again=again,
             # What is not evaluated again has the graph that the loss still needs.
             gradients=gradients if self.needs.evaluates_again else lambda loss, _: gradients(loss, True),
-            spread=world_size() / in_mean,
+            spread=self._ranks.size / in_mean,
             on_write=functools.partial(forget_copies, self._model),
         )
         diagonals = self.needs.diagonal(batch)
@@ -223,7 +225,7 @@ class Estimation:
         The gradients are taken at `gradient_scale` and freed of it; None: they are for the estimate alone.
         """
         self._look_at(evaluation)
-        keys, loss = self._keys(rank()), evaluation.loss
+        keys, loss = self._keys(self._ranks.rank), evaluation.loss
         scaled = loss if self._scale == 1 else loss * self._scale
         if not self.needs.second_order:
             scale = self._scale if gradient_scale is None else gradient_scale

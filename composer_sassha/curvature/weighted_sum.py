@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from composer_sassha.common.ranks import average_
+from composer_sassha.common.ranks import ALONE, Ranks
 from composer_sassha.common.sharding import Shards, local
 from composer_sassha.common.tensors import unflatten, wide_dtype
 
@@ -18,13 +18,14 @@ class WeightedSum:
     Args:
         params: the parameters whose diagonal is wanted, at least one.
         shards: the ranks that hold the other parts of sharded parameters; None: they are whole.
+        ranks: those that share the gradient. Default: this process alone.
 
     Attributes:
         batch_weight: of the whole batch, as the backwards bring it along.
     """
 
-    def __init__(self, params: Sequence[Tensor], shards: Shards | None) -> None:
-        self._params, self._shards = params, shards
+    def __init__(self, params: Sequence[Tensor], shards: Shards | None, ranks: Ranks = ALONE) -> None:
+        self._params, self._shards, self._ranks = params, shards, ranks
         self._parts = local(params)  # what this rank holds of each: of a whole parameter, all of it
         # One flat tensor, so that one collective averages it: the diagonal, and each parameter's uses.
         size = sum(p.numel() for p in self._parts) + len(params)
@@ -60,11 +61,11 @@ class WeightedSum:
         total, shards = self._total, self._shards
         diagonal, counts = self._split()
         if shards is not None:
-            average_(torch.as_tensor(self.batch_weight))
+            self._ranks.average_(torch.as_tensor(self.batch_weight))
         if shards is not None or of_a_part:
             total.mul_(self.batch_weight / self._estimated_weight)
         if shards is None:
-            average_(total)
+            self._ranks.average_(total)
         entries = total[: -len(self._params)]
         # One read-back: the sum tells whether all entries are finite.
         sums = torch.stack([entries.abs().sum(), (entries < 0).sum(), total.new_tensor(entries.numel())])

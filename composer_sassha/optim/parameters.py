@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from composer_sassha.common.ranks import average_, rank, several
+from composer_sassha.common.ranks import Ranks, sharing
 from composer_sassha.common.sharding import Shards, local, shards_of
 from composer_sassha.common.tensors import copy_into, flatten, unflatten
 from composer_sassha.perturbations import Gradient, Perturbation, Point
@@ -21,17 +21,18 @@ class ParameterView:
     Args:
         optimizer: whose parameters they are.
         model: what gathers sharded parameters; None: it is not known.
+        given: the ranks that share its gradient, as far as the caller says.
 
     Raises:
         ValueError: parameters are sharded and there is no model.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None, given: Ranks | None = None) -> None:
         self.optimizer, groups = optimizer, optimizer.param_groups
         self.all: list[Tensor] = [p for group in groups for p in group["params"]]
         self._maximized = [p for group in groups if group.get("maximize") for p in group["params"]]
         self.trainable = [p for p in self.all if p.requires_grad]
-        self.model = model
+        self.model, self._given = model, given
 
     @cached_property
     def shards(self) -> Shards | None:
@@ -43,6 +44,11 @@ class ParameterView:
                 "it has to gather them anew when they are displaced"
             )
         return shards
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The ranks that share the gradient."""
+        return sharing(self._given, self.model, None if self.shards is None else self.shards.ranks)
 
     @property
     def shard_group(self) -> ProcessGroup | None:
@@ -82,7 +88,7 @@ class ParameterView:
             self.trainable,
             states=_States(self.trainable, self.optimizer.state),
             group=self.optimizer.param_groups[0],
-            rank=rank() if self.shards is None else self.shards.part,
+            rank=self.ranks.rank if self.shards is None else self.shards.part,
             shards=self.shard_group,
             **known,
         )
@@ -99,11 +105,11 @@ class ParameterView:
             return
         self.check_size(update, "the update that a perturbation's program returned")
         used = [p.grad is not None for p in self.trainable]
-        if average and several():
+        if average and self.ranks.several:
             # One collective for all of it. A parameter that no rank has used stays without a gradient.
             parts = [update, update.new_tensor(used), *memory.stored.values()]
             everything = torch.cat(parts)
-            average_(everything)
+            self.ranks.average_(everything)
             update, counts, *stored = everything.split([part.numel() for part in parts])
             if not all(used):  # else there is nothing to read back
                 used = [count > 0 for count in counts.tolist()]

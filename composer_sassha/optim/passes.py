@@ -1,11 +1,13 @@
 """Runs the closure for one pass, in a plain PyTorch loop."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from composer_sassha.common.ranks import data_parallel
 
 Closure = Callable[..., Any]
 
@@ -14,12 +16,12 @@ class PassRunner:
     """Calls the closure for one pass in a plain PyTorch loop; `algorithms.wiring` has the Trainer's runner.
 
     Args:
-        model: the model that the closure runs. Only a `DistributedDataParallel` is needed here: passes with
-            `sync=False` then leave its gradients unsynchronized.
+        model: the model that the closure runs. Only a `DistributedDataParallel` is needed here, the model or
+            a part of it: passes with `sync=False` then leave its gradients unsynchronized.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self.model = model
+        self.model, self._ddp = model, data_parallel(model)
 
     @property
     def must_synchronize(self) -> bool:
@@ -28,8 +30,7 @@ class PassRunner:
         DDP with find_unused_parameters keeps the set of used parameters from an unsynchronized pass, and
         fails if the next pass uses others.
         """
-        ddp = isinstance(self.model, DistributedDataParallel)
-        return ddp and getattr(self.model, "find_unused_parameters", False)
+        return any(getattr(ddp, "find_unused_parameters", False) for ddp in self._ddp)
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False, applied: bool = True) -> Any:
         """Run one pass and return the closure's loss, or None if the gradient overflowed.
@@ -51,24 +52,25 @@ class PassRunner:
                 "in a Composer Trainer the passes need an algorithm: add composer_sassha.SAM() or Sassha() "
                 "to its algorithms, and give it the plain optimizer"
             )
-        if isinstance(self.model, DistributedDataParallel) and not sync:
-            with self.model.no_sync():
-                return closure()
-        return closure()
+        with contextlib.ExitStack() as stack:
+            for ddp in () if sync else self._ddp:
+                stack.enter_context(ddp.no_sync())
+            return closure()
 
     def edit_update(self) -> None:
         """Edit an update that was made of several gradients, now in their place; here nothing."""
 
     def begin(self) -> None:
         """Prepare for a step; called before its first pass."""
+        self._ddp = data_parallel(self.model)  # which may have been wrapped since
         self.share_buffers()
 
     def share_buffers(self) -> None:
         """Make the next forward start from rank 0's buffers."""
         # DDP broadcasts rank 0's buffers before a forward only if the forward before it was synchronized. A
         # step may have no synchronized pass at all, and BatchNorm's statistics would drift apart.
-        if isinstance(self.model, DistributedDataParallel):
-            self.model.require_forward_param_sync = True
+        for ddp in self._ddp:
+            ddp.require_forward_param_sync = True
 
     def rollback(self) -> None:
         """Undo what the passes since `begin` left behind besides weights, buffers and RNG; here nothing."""

@@ -81,6 +81,7 @@ class RefreshPolicy:
             scale=self._scale(scaler),
             model=view.model,
             look=not self._looked,
+            ranks=view.ranks,
         )
 
     def finish(self, rule: Any, scaler: GradScaler | None, metrics: dict[str, Any]) -> Outcome:

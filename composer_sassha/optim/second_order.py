@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import any_rank
 from composer_sassha.common.sharding import local, shards_of
 from composer_sassha.common.tensors import as_dtype, wide_dtype
 
@@ -248,7 +247,8 @@ class SecondOrderOptimizer(Optimizer):
     def _any_gradient(self, grads: list[Tensor]) -> bool:
         """Whether any gradient has an entry other than zero, on any of the ranks that hold its parts."""
         here = any(grad.any() for grad in local(grads))
-        return any_rank(torch.tensor(here, device=grads[0].device)) if grads and shards_of(grads) else here
+        shards = shards_of(grads)
+        return here if shards is None else shards.ranks.any(torch.tensor(here, device=grads[0].device))
 
     def _lists(self, chosen: Callable[[Tensor], bool]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """Yield lists of chosen parameters for one call of a rule, each with its group."""

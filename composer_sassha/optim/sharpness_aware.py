@@ -1,6 +1,5 @@
 """The wrapper that runs the passes of a step around any optimizer."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,14 +9,15 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
+from composer_sassha.common.ranks import Given, given_ranks
 from composer_sassha.curvature import LazyCurvature
+from composer_sassha.optim import supported
 from composer_sassha.optim.counters import Counters
 from composer_sassha.optim.driver import Driver, Phase, Watch
 from composer_sassha.optim.parameters import Memory, ParameterView
 from composer_sassha.optim.passes import Closure, PassRunner
 from composer_sassha.optim.proxy import OptimizerProxy
 from composer_sassha.optim.refresh import Outcome, RefreshPolicy
-from composer_sassha.optim.supported import check_curvature, check_perturbation, check_training
 from composer_sassha.optim.transaction import Protection, Transaction
 from composer_sassha.perturbations import Perturbation, unperturbed
 
@@ -48,6 +48,8 @@ class SharpnessAwareOptimizer(OptimizerProxy):
             `update_curvature`. None: never.
         model: what the closure runs; what a forward changes in it (buffers, untrained parameters, attributes)
             is protected as said above. Without it only the RNG states are.
+        process_group: the ranks that share the gradient; False: none, every rank has a model of its own.
+            Default: the process group of `model` (DistributedDataParallel, FSDP2), else False.
         sync_ascent: average the ascent gradient over the ranks; by default each rank perturbs along its own,
             and those that mix it into the update average the result.
         named_parameters: the parameters' names, for a perturbation that asks for them (ASAM); by default the
@@ -84,6 +86,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         *,
         curvature: LazyCurvature | None = None,
         model: nn.Module | None = None,
+        process_group: Given = None,
         sync_ascent: bool = False,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         partial_ascent: bool = False,
@@ -94,6 +97,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         self.set_perturbation(perturbation, interval, sync_ascent=sync_ascent, partial_ascent=partial_ascent)
         self.set_curvature(curvature)
         self.model = model
+        self.process_group = given_ranks(supported.OWNER, process_group)
         self.runner = PassRunner(model)
         self.protection = Protection(self)
         self._names = {p: name for name, p in named_parameters or ()}
@@ -111,7 +115,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         partial_ascent: bool = False,
     ) -> None:
         """Choose the perturbation; see the class for the arguments."""
-        check_perturbation(perturbation, self.base_optimizer)
+        supported.check_perturbation(perturbation, self.base_optimizer)
         self._checked = False
         self.perturbation = perturbation
         self.interval = validate.integer("SharpnessAwareOptimizer", "interval", interval, low=1)
@@ -120,7 +124,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose when and how the Hessian diagonal is estimated; see the class."""
-        check_curvature(curvature, self.base_optimizer)
+        supported.check_curvature(curvature, self.base_optimizer)
         self._checked = False
         self.refresh.set_curvature(curvature)
 
@@ -130,8 +134,8 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         return self.refresh.curvature
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        names = ("perturbation", "interval", "curvature", "model", "sync_ascent", "partial_ascent")
-        settings = {name: getattr(self, name) for name in names}
+        names = ("perturbation", "interval", "curvature", "model", "process_group", "sync_ascent")
+        settings = {name: getattr(self, name) for name in (*names, "partial_ascent")}
         settings["named_parameters"] = [(name, p) for p, name in self._names.items()]
         return _rebuild, (self.base_optimizer, settings, self.skipped_steps)
 
@@ -194,8 +198,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
     def _take_step(self, closure: Closure, scaler: GradScaler | None, transaction: Transaction) -> Any:
         view, perturbation = self._view(), self.perturbation
         if not self._checked:
-            several = self.curvature is not None or getattr(perturbation, "ascends", False)
-            check_training(self.base_optimizer, view.all, self.runner.model, several)
+            supported.check_training(view, self.runner.model, perturbation, self.curvature, scaler)
             self._checked = True
         memory = Memory(view, perturbation)
         point = view.point(name_of=self._name_of, step=self.steps_taken, memory=memory, metrics=self.metrics)
@@ -238,11 +241,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         self.skipped_steps += 1
         self.metrics["skipped_steps"] = self.skipped_steps
         if overflowed and self.skipped_steps == 1:  # with a scaler it is no news
-            warnings.warn(
-                "the closure returned None, which means that the gradient overflowed: the step is "
-                "skipped (a closure has to return its loss)",
-                stacklevel=5,
-            )
+            supported.warn_of_none()
 
     def attach(self, loss: Tensor, **estimation: Any) -> Tensor:
         """Return the loss to differentiate; only on a pass that estimates is it `Estimation.attach`'s."""
@@ -281,7 +280,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         memory.keep()
 
     def _view(self) -> ParameterView:
-        return ParameterView(self, self.model)
+        return ParameterView(self, self.model, self.process_group)
 
     def _name_of(self, p: Tensor) -> str | None:
         if p not in self._names and self.model is not None:

@@ -1,14 +1,16 @@
 """What the wrapper refuses, in one line, before a step has changed anything."""
 
-from collections.abc import Iterable
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from composer_sassha.common.ranks import data_parallel
 from composer_sassha.curvature import LazyCurvature
+from composer_sassha.optim.parameters import ParameterView
 from composer_sassha.optim.protocols import takes_curvature
 from composer_sassha.perturbations import Perturbation
 
@@ -49,18 +51,24 @@ def check_curvature(curvature: Any, base: Optimizer) -> None:
 
 
 def check_training(
-    base: Optimizer, params: Iterable[Tensor], model: nn.Module | None, several_passes: bool
+    view: ParameterView,
+    model: nn.Module | None,
+    perturbation: Perturbation | None,
+    curvature: LazyCurvature | None,
+    scaler: GradScaler | None,
 ) -> None:
-    """Raise ValueError where the ranks would silently take different or wrong steps.
+    """Raise ValueError or warn where the ranks would silently take different or wrong steps.
 
     Args:
-        base: what updates the weights.
-        params: its parameters.
+        view: the parameters.
         model: what the closure runs.
-        several_passes: a step has an ascent, or a pass that estimates the Hessian.
+        perturbation: how the weights are displaced; None: they are not.
+        curvature: how the Hessian is estimated; None: it is not.
+        scaler: looks for overflows; None: there is none.
     """
+    base: Any = getattr(view.optimizer, "base_optimizer", view.optimizer)
     sharding = None
-    if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params):
+    if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in view.all):
         sharding = "FullyShardedDataParallel (FSDP1)"
     elif isinstance(base, ZeroRedundancyOptimizer):
         sharding = "ZeroRedundancyOptimizer"
@@ -71,15 +79,29 @@ def check_training(
             f"{OWNER}: {sharding} is not supported: each rank would see the gradient of its part alone; "
             "shard with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
-    if (
-        several_passes
-        and isinstance(model, DistributedDataParallel)
-        and getattr(model, "static_graph", False)
-    ):
+    several_passes = curvature is not None or getattr(perturbation, "ascends", False)
+    if several_passes and any(getattr(ddp, "static_graph", False) for ddp in data_parallel(model)):
         raise ValueError(
             f"{OWNER}: DistributedDataParallel(static_graph=True) is not supported with an ascent or a "
             "Hessian refresh, whose graphs are not the plain pass's; set static_graph=False"
         )
+    agree = curvature is not None or scaler is not None or getattr(perturbation, "mixes", False)
+    if not view.ranks.known and agree:
+        warnings.warn(
+            f"{OWNER}: several ranks run, and nothing says that they train one model, so that each takes its "
+            "own curvature and update; pass model= (DistributedDataParallel), or process_group=: "
+            "torch.distributed.group.WORLD if your loop averages gradients, False for independent models",
+            stacklevel=5,
+        )
+
+
+def warn_of_none() -> None:
+    """Warn of a closure that returned None without a scaler."""
+    warnings.warn(
+        "the closure returned None, which means that the gradient overflowed: the step is "
+        "skipped (a closure has to return its loss)",
+        stacklevel=6,
+    )
 
 
 def _kinds(*objects: Any) -> list[type]:

@@ -140,7 +140,7 @@ class Point:
             this rank's part.
         group: the base optimizer's first parameter group, for the learning rate.
         step: the number of steps taken; with `rank` it seeds what is drawn at random.
-        rank: of this process; of sharded weights, the number of its part.
+        rank: among those that share the gradient; of sharded weights, the number of its part.
         shards: the ranks that hold the other parts of sharded weights; None: the weights are whole.
         memory: flat vectors that the optimizer's state keeps from step to step, by name (see
             `Perturbation.remembers`); zero before anything was stored.

@@ -5,12 +5,10 @@ from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import rank, several
 from composer_sassha.common.rng import generator
 from composer_sassha.common.tensors import flatten
 from composer_sassha.curvature.probes import rademacher
@@ -47,28 +45,29 @@ def led(objective: Objective, solve: Callable[[Product], T]) -> T:
         solve: called on rank 0 with the product; all ranks get its result. It must raise only what the
             product raises, which all ranks raise together. Any other exception would end rank 0 alone.
     """
-    if not (objective.shared and several()):
+    ranks = objective.ranks
+    if not ranks.several:
         return solve(objective.product)
     # What rank 0 broadcasts: a vector, and a last entry that is 0 when the solver has finished.
     order = wide_like(objective).new_zeros(objective.size + 1)
 
     def product(vector: Tensor) -> Tensor:
         order[:-1], order[-1] = vector, 1.0
-        dist.broadcast(order, src=0)
+        ranks.broadcast_(order)
         return objective.product(vector)
 
     answer: list[T | None] = [None]
-    if rank() == 0:
+    if ranks.rank == 0:
         answer = [solve(product)]
         order.zero_()
-        dist.broadcast(order, src=0)
+        ranks.broadcast_(order)
     else:
         while True:  # serve rank 0's products until it has finished
-            dist.broadcast(order, src=0)
+            ranks.broadcast_(order)
             if not order[-1]:
                 break
             objective.product(order[:-1].clone())
-    dist.broadcast_object_list(answer, src=0)
+    ranks.broadcast_objects_(answer)
     return cast(T, answer[0])
 
 

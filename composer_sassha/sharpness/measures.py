@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import any_rank
+from composer_sassha.common.ranks import ALONE, Ranks
 from composer_sassha.perturbations import SAMPerturbation
 from composer_sassha.sharpness.hessian import top_eigenvalues, trace
 from composer_sassha.sharpness.objective import Objective, Unfinished
@@ -173,15 +173,16 @@ class Deadline:
     Args:
         seconds: the time, from now.
         device: the device of the collective in which the ranks agree.
+        ranks: those that measure together. Default: this process alone.
     """
 
-    def __init__(self, seconds: float, device: torch.device) -> None:
-        self._end, self._device = time.monotonic() + seconds, device
+    def __init__(self, seconds: float, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self._end, self._device, self._ranks = time.monotonic() + seconds, device, ranks
 
     def __call__(self) -> None:
         """Raise Unfinished if the time is over on any rank.
 
         Clocks differ between ranks. A rank that stopped by its own would leave the others in a collective.
         """
-        if any_rank(torch.tensor(time.monotonic() > self._end, device=self._device)):
+        if self._ranks.any(torch.tensor(time.monotonic() > self._end, device=self._device)):
             raise Unfinished("the time is over")

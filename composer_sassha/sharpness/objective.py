@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from composer_sassha.common.batches import select, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.ranks import several
+from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks, sharing
 from composer_sassha.common.side_effects import SideEffects
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
@@ -41,8 +40,8 @@ class Objective:
         params: the parameters by name; those that require no gradient are held fixed.
         loss: returns the loss of one batch, a mean over its samples.
         batches: at least one batch, each with its number of samples.
-        shared: whether every rank holds a part of the batches. Sums are then over all ranks, and all ranks
-            must call the same methods. False: this process's batches alone. Default: True.
+        process_group: the ranks of which each holds a part of the batches. Sums are then over all of them,
+            and all must call the same methods. Default: None, this process's batches alone.
         tick: called before each evaluation. Default: does nothing.
         alone: returns a context that undoes what an evaluation of one batch leaves behind in the model.
             Default: does nothing.
@@ -63,14 +62,14 @@ class Objective:
         params: Mapping[str, Tensor],
         loss: Callable[[Any], Tensor],
         batches: Sequence[tuple[Any, int]],
-        shared: bool = True,
+        process_group: Given = None,
         tick: Callable[[], None] = lambda: None,
         alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
-        self.loss_of, self.batches, self.shared, self.tick = loss, list(batches), shared, tick
-        self.alone = alone
+        self.loss_of, self.batches, self.tick, self.alone = loss, list(batches), tick, alone
+        self.ranks: Ranks = given_ranks("sharpness", process_group) or ALONE
         if not self.params:
             raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
         coarse = {p.dtype for p in self.params} - {torch.float32, torch.float64}
@@ -137,9 +136,7 @@ class Objective:
                     groups.append([])
                     missing = m
         params = dict(zip(self.names, self.params, strict=True))
-        return [
-            Objective(params, self.loss_of, group, shared=False, alone=self.alone) for group in groups[:-1]
-        ]
+        return [Objective(params, self.loss_of, group, alone=self.alone) for group in groups[:-1]]
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
@@ -175,8 +172,7 @@ class Objective:
             total = term if total is None else total.add_(term)
         assert total is not None
         total = torch.cat([total, total.new_tensor([self.samples])])
-        if self.shared and several():
-            dist.all_reduce(total)
+        self.ranks.reduce_(total)
         return total[:-1] / total[-1]
 
 
@@ -184,6 +180,7 @@ def objective_of(
     model: nn.Module,
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
+    process_group: Given = None,
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
@@ -192,8 +189,10 @@ def objective_of(
             training or not.
         batches: at least one batch, each with its number of samples.
         tick: see `Objective`.
+        process_group: see `Objective`; False: this process's batches alone. Default: the process group of a
+            model wrapped for data-parallel training, else False.
     """
-    inner = unwrapped(model)
+    inner, ranks = unwrapped(model), given_ranks("sharpness", process_group) or sharing(None, model)
     effects = SideEffects(inner)
 
     @contextlib.contextmanager
@@ -208,8 +207,9 @@ def objective_of(
         dict(inner.named_parameters()),
         lambda batch: total_loss(inner.loss(inner(batch), batch)),
         batches,
-        tick=tick,
-        alone=alone,
+        ranks,
+        tick,
+        alone,
     )
 
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import several
 from composer_sassha.common.rng import generator
 from composer_sassha.common.tensors import copy_into, copy_of, global_norm, restored
 from composer_sassha.perturbations import (
@@ -155,15 +154,13 @@ def m_sharpness(objective: Objective, m: int, rho: float = 0.05, steps: int = 1)
     groups = objective.groups(m)
     device = objective.params[0].device
     most = torch.tensor([len(groups)], device=device)
-    if objective.shared and several():
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+    objective.ranks.reduce_(most, dist.ReduceOp.MAX)
     found = torch.zeros(2, dtype=torch.float64, device=device)
     for i in range(int(most)):  # every tick is a collective: the same number on every rank
         objective.tick()
         if i < len(groups):
             found += found.new_tensor([_or_nan(groups[i], rho, steps), 1.0])
-    if objective.shared and several():
-        dist.all_reduce(found)
+    objective.ranks.reduce_(found)
     sums: list[float] = found.tolist()
     total, count = sums
     if not count or not math.isfinite(total):

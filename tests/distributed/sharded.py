@@ -12,6 +12,7 @@ from composer.core import Event
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -151,6 +152,38 @@ def curvature_agrees(estimator: str, rho: float) -> None:
     run.close()
 
 
+def a_mesh_of_one_rank_agrees() -> None:
+    """Each rank's model is sharded over that rank alone: the other rank has no part in its estimate."""
+    rank, ends = dist.get_global_rank(), []
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("models", "shards"))
+    x, y = dataset(10 + 4 * rank).tensors
+    for sharded in (False, True):
+        torch.manual_seed(rank)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(50, 6), nn.Tanh(), nn.Linear(6, 3))
+        if sharded:
+            fully_shard(model, mesh=mesh["shards"])
+        optimizer = SharpnessAwareOptimizer(
+            SASSHA(model.parameters(), lr=0.05),
+            SAMPerturbation(0.1),
+            curvature=LazyCurvature(2, estimator="gauss_newton"),
+            model=model,
+            process_group=None if sharded else False,
+        )
+
+        def closure(model=model, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            logits = model(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.backward(loss, logits=logits, labels=y, size=len(y))
+            return loss.detach()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        ends.append(whole([*model.parameters()]))
+    for expected, found in zip(*ends, strict=True):
+        assert (found - expected).abs().max() <= 1e-12
+
+
 def an_exception_leaves_the_weights(at_pass: int) -> None:
     """Also what FSDP2 has gathered of the displaced ones is forgotten."""
     run = build(sgd, [SAM(0.5)], callbacks=[])
@@ -255,6 +288,7 @@ def a_plain_loop_needs_the_model() -> None:
 
 
 OTHERS = [
+    a_mesh_of_one_rank_agrees,
     an_exception_in_the_second_evaluation,
     gradients_that_are_not_averaged_are_refused,
     blocks_that_shards_would_cut_are_refused,

@@ -17,6 +17,7 @@ from composer_sassha import SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwa
 from composer_sassha.algorithms.base import methods_of
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
+from tests.distributed import topology
 from tests.distributed.arithmetic import clips_what_is_applied, gsam_combines, one_process_agrees, separable
 from tests.distributed.launch import run_checks, without_metrics
 from tests.distributed.replicas import (
@@ -240,7 +241,7 @@ def checks_in(out: Path) -> dict[str, Callable[[], None]]:
         evaluates_with_the_buffers_of_rank_zero,
         clips_what_is_applied,
     )
-    return checks | {check.__name__: check for check in alone}
+    return checks | {check.__name__: check for check in alone} | topology.checks_in(out)
 
 
 def main(out: Path, names: Sequence[str]) -> None:

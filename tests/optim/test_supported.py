@@ -1,6 +1,7 @@
 """What the wrapper refuses before a step changes anything, and what it takes as the base optimizer does."""
 
 import collections
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sassha import SASSHA, SharpnessAwareOptimizer
+from composer_sassha import SASSHA, ClosureGradScaler, SharpnessAwareOptimizer
 from composer_sassha.curvature import LazyCurvature
 from composer_sassha.perturbations import GSAMPerturbation, MSAMPerturbation, SAMPerturbation
+from composer_sassha.sharpness import Objective
 from tests.helpers import assert_same, copied
 
 
@@ -85,6 +87,27 @@ def test_a_change_of_settings_is_checked_again(alone):
     optimizer.set_perturbation(SAMPerturbation())
     with pytest.raises(ValueError, match="static_graph"):
         step(optimizer, model)
+
+
+@pytest.mark.parametrize("wrong", [True, 0, "world", [0]])
+def test_what_is_no_process_group_is_refused_in_one_line(wrong):
+    params = [nn.Parameter(torch.ones(1))]
+    for build in (
+        lambda: SharpnessAwareOptimizer(torch.optim.SGD(params, lr=0.1), process_group=wrong),
+        lambda: ClosureGradScaler("cpu", process_group=wrong),
+        lambda: Objective({"w": params[0]}, torch.sum, [(params[0], 1)], process_group=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"process_group=.* is not allowed; it must be a") as error:
+            build()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, False])
+def test_one_rank_is_asked_for_no_group(given, alone):
+    model = nn.Linear(3, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(SharpnessAwareOptimizer(sgd(model), GSAMPerturbation(), model=model, process_group=given), model)
 
 
 class WithBuffer(nn.Module):

@@ -137,4 +137,6 @@ def test_groups_are_the_samples_in_their_order():
     groups = objective.groups(3)
     seen = [torch.cat([part[1] for part, _ in group.batches]) for group in groups]
     assert_same(seen, [y[:3], y[3:6], y[6:9]])
-    assert [group.samples for group in groups] == [3, 3, 3] and not any(group.shared for group in groups)
+    assert [group.samples for group in groups] == [3, 3, 3] and not any(
+        group.ranks.groups for group in groups
+    )

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from composer_sassha import SharpnessMonitor
 from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.ranks import world
 from composer_sassha.sharpness import Measures, measure, objective_of, spectrum, undisturbed
 from composer_sassha.sharpness.measures import Deadline
 from tests.distributed.launch import run_checks
@@ -35,9 +36,8 @@ def all_ranks_together_are_one_process() -> None:
     everyone, mine = shares(model)
     with undisturbed(model):
         whole = objective_of(model, everyone)
-        whole.shared = False
         exact, density = measure(whole, MEASURES), spectrum(whole, 6, 2)
-        shared = objective_of(model, mine)
+        shared = objective_of(model, mine, process_group=torch.distributed.group.WORLD)
         found, shared_density = measure(shared, MEASURES), spectrum(shared, 6, 2)
     assert exact.keys() == found.keys() and "lambda_3" in found
     for name, value in exact.items():
@@ -53,7 +53,7 @@ def the_time_of_one_rank_is_that_of_both() -> None:
     _, mine = shares(model)
     answers = []
     for allowed in (0, 3, 9, 17, 40):
-        deadline, clock = Deadline(1e6, torch.device("cpu")), 0
+        deadline, clock = Deadline(1e6, torch.device("cpu"), world()), 0
         if dist.get_global_rank() == 1:
 
             def ticking(deadline=deadline, allowed=allowed):
@@ -66,7 +66,7 @@ def the_time_of_one_rank_is_that_of_both() -> None:
         else:
             tick = deadline
         with undisturbed(model):
-            answers.append(sorted(measure(objective_of(model, mine, tick), MEASURES)))
+            answers.append(sorted(measure(objective_of(model, mine, tick, world()), MEASURES)))
     first, second = dist.all_gather_object(answers)
     assert first == second and first[0] == [] and len({len(names) for names in first}) >= 4
 
@@ -100,7 +100,6 @@ def a_run_with_the_monitor_is_equal_to_one_without() -> None:
         dist.broadcast(buffer, src=0)
     with undisturbed(model):
         whole = objective_of(model, [(data.tensors, 20)])
-        whole.shared = False
         assert log.data["sharpness/loss"][-1][1] == pytest.approx(whole.loss(), rel=1e-5)
 
 
@@ -121,7 +120,6 @@ def samples_that_the_sampler_repeats_count_once() -> None:
             dist.broadcast(buffer, src=0)
         with undisturbed(model):
             whole = objective_of(model, [(data.tensors, count)])
-            whole.shared = False
             exact = measure(whole, QUICK)
         for name in ("loss", "full_grad_norm", "sam", "lambda_max", "trace"):
             assert log.data[f"sharpness/{name}"][-1][1] == pytest.approx(exact[name], rel=1e-3), name
