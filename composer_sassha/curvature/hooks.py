@@ -1,4 +1,4 @@
-"""Hooks of the backward: heard with a pass's gradient, silent while derivatives are taken for the estimate."""
+"""Hooks of the backward: called with the gradient of a pass, and not with other derivatives."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ def silenceable() -> Iterator[None]:
     A product with the Hessian, a second loss and a second forward run them again, with other gradients.
     """
     # Nodes of a graph do not give their hooks away, so that each is wrapped where it is registered.
-    places = [
+    places: list[tuple[Any, str, Callable[[Any], Any]]] = [
         (BackwardHook, "__init__", _of_a_module),
         (Tensor, "register_hook", _of_a_tensor),
         (Tensor, "retain_grad", _noted),

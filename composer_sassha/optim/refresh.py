@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from composer_sassha.curvature import Estimation, LazyCurvature, NormsInFloat32
+from composer_sassha.curvature import Estimation, LazyCurvature
+from composer_sassha.curvature.by_parts import differentiable_twice
 from composer_sassha.curvature.hooks import silenceable
 from composer_sassha.optim.counters import Counters
 from composer_sassha.optim.parameters import ParameterView
@@ -61,10 +61,8 @@ class RefreshPolicy:
         stack = contextlib.ExitStack()
         if self.curvature is not None and self.due:
             stack.enter_context(silenceable())
-            if self.curvature.needs.second_order:  # fused attention has no second derivative
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if scaler is not None:
-                    stack.enter_context(NormsInFloat32())
+            if self.curvature.needs.second_order:
+                stack.enter_context(differentiable_twice(float16=scaler is not None))
             if self.curvature.needs.eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
         return stack
