@@ -19,6 +19,8 @@ from composer_sassha.curvature.gradients import (
     scaled_gradients,
     without_hooks,
 )
+from composer_sassha.curvature.graph import leaves
+from composer_sassha.curvature.hooks import retaining, silence
 from composer_sassha.curvature.hutchinson import differentiable_gradients
 from composer_sassha.curvature.lazy import LazyCurvature
 from composer_sassha.curvature.weighted_sum import WeightedSum
@@ -27,16 +29,15 @@ from composer_sassha.curvature.weighted_sum import WeightedSum
 class Estimation:
     """Gathers the estimate of one pass, microbatch by microbatch.
 
-    Each microbatch's gradient is computed before its backward, which then hands that very gradient to the
-    parameters. In between, the estimator makes of it, of its graph or of the loss what it needs. The
-    estimates are added up with the weights that backward brings along (a microbatch's part of the batch) and
-    averaged over the ranks in one collective.
+    Each microbatch's gradient is computed before its backward, which then hands that very gradient to all
+    leaves of the loss's graph, whether they are the optimizer's or not. In between, the estimator makes of
+    it, of its graph or of the loss what it needs. The estimates are added up with the weights that backward
+    brings along (a microbatch's part of the batch) and averaged over the ranks in one collective.
 
     Args:
         settings: how to estimate.
         params: the parameters whose diagonal is wanted.
         step: the number of steps taken; seeds the draws.
-        others: parameters that get a gradient too, but are not the optimizer's.
         gradient_scale: what a gradient scaler multiplies the loss with, for float16 compute: the gradient is
             taken at this scale, and the estimate is freed of it.
         scale: what the loss is multiplied with while it is differentiated for the estimate alone.
@@ -62,7 +63,6 @@ class Estimation:
         settings: LazyCurvature,
         params: Sequence[Tensor],
         step: int,
-        others: Sequence[Tensor] = (),
         *,
         gradient_scale: float = 1.0,
         scale: float = 1.0,
@@ -78,7 +78,7 @@ class Estimation:
         self._shards = shards_of(params)
         if self._shards is not None and (reason := settings.whole_only):
             raise SettingError(reason)
-        self._params, self._others, self._step = list(params), list(others), step
+        self._params, self._step = list(params), step
         self._scale, self._gradient_scale, self._model = scale, gradient_scale, model
         self._look, self._ranks = look, ranks
         self._sum = WeightedSum(self._params, self._shards, ranks)
@@ -124,7 +124,9 @@ class Estimation:
             loss.register_hook(self._skip)
             return loss
 
-        everyone = [*self._params, *self._others]
+        # The last come first in the backward, so that those nearest to the loss are at the end.
+        everyone = [*self._params, *reversed(leaves(loss, besides=self._params))]
+        activations = retaining()
         with without_hooks(everyone), reentrant_checkpoints_refused():
             scale = self._gradient_scale
             if scale != 1 and size and batch_size:  # the backward of an ordinary step starts from this
@@ -137,7 +139,7 @@ class Estimation:
                 all_grads = scaled_gradients(loss, everyone, scale)
                 if again is None:
                     raise ValueError(_what_a_fraction_needs(self.settings.batch_fraction))
-                with again(part) as result:
+                with silence(), again(part) as result:
                     evaluation = Evaluation(result) if isinstance(result, Tensor) else result
                     _, own, diagonals = self._estimate(evaluation, self._params, part, again)
         # Parameters that the loss does not use stay unconnected, as DDP's find_unused_parameters expects.
@@ -146,12 +148,11 @@ class Estimation:
         fraction = 1.0 if part is None or size is None else part / size
 
         def weigh(weight: Tensor) -> None:
-            weight = weight.reshape(())  # only now is it known
             self._skip(weight)
             self._sum.add(diagonals, own, weight / self._gradient_scale * fraction)
-            grads[:] = torch._foreach_mul(grads, weight)
 
-        return stand_in(loss, used, grads, weigh)
+        retained = {h: h.grad.detach() / scale for h in activations if h.grad is not None}
+        return stand_in(loss, used, grads, retained, weigh)
 
     def _attach_sharded(
         self, evaluation: Evaluation, size: int | None, again: Again | None, weight: float
@@ -168,7 +169,7 @@ class Estimation:
         mean = samples.clone()
         self._ranks.average_(mean)
         in_mean = (samples / mean).item()
-        gradients = ByBackward(self._params, self._others, in_mean)
+        gradients = ByBackward(self._params, in_mean)
         batch = Microbatch(
             evaluation,
             grads=gradients(evaluation.loss, True) if self.needs.evaluates_again else (),
@@ -234,7 +235,8 @@ class Estimation:
             all_grads = of_loss = differentiable_gradients(scaled, wrt)
         else:  # at the gradient's scale the second derivative overflows, at its own the gradient underflows
             all_grads = scaled_gradients(loss, wrt, gradient_scale, retain_graph=True)
-            of_loss = differentiable_gradients(scaled, wrt)
+            with silence():
+                of_loss = differentiable_gradients(scaled, wrt)
         found = [(i, grad) for i, grad in enumerate(of_loss[: len(self._params)]) if grad is not None]
         if any(grad.is_sparse for _, grad in found):
             raise SettingError(
@@ -244,7 +246,8 @@ class Estimation:
             return all_grads, [], []
         own, grads = [i for i, _ in found], [grad for _, grad in found]
         batch = Microbatch(evaluation, grads, [self._params[i] for i in own], keys, size, again, self._scale)
-        return all_grads, own, self.needs.diagonal(batch)
+        with silence():
+            return all_grads, own, self.needs.diagonal(batch)
 
     def _look_at(self, evaluation: Evaluation) -> None:
         """Say once what the estimator cannot work with."""

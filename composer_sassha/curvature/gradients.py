@@ -8,6 +8,7 @@ from torch import Tensor
 
 from composer_sassha.common.sharding import local
 from composer_sassha.common.validate import SettingError
+from composer_sassha.curvature.graph import leaves
 
 # Takes a loss and whether to keep its graph, and returns the gradient of every parameter, zero if unused.
 Gradients = Callable[[Tensor, bool], Sequence[Tensor]]
@@ -29,12 +30,12 @@ def by_autograd(params: Sequence[Tensor]) -> Gradients:
 
 
 @contextlib.contextmanager
-def without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Disable the parameters' own hooks while gradients are computed that no `grad` receives.
+def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Disable the leaves' own hooks while gradients are computed that no `grad` receives.
 
     torch.autograd.grad would run them, and the backward that follows would run them again.
     """
-    hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
+    hooks = [(p, p._backward_hooks) for p in leaves if p._backward_hooks]
     try:
         for p, _ in hooks:
             p._backward_hooks = None
@@ -50,25 +51,25 @@ class ByBackward:
     FSDP2 reduces gradients in hooks of the backward, which torch.autograd.grad does not run.
 
     Args:
-        params: sharded parameters. Their `grad` is restored afterwards.
-        others: all other parameters of the loss. Their `grad` is restored too.
+        params: sharded parameters. Their `grad` is restored afterwards, and that of all other leaves.
         weight: the weight of this rank's loss in the average.
     """
 
-    def __init__(self, params: Sequence[Tensor], others: Sequence[Tensor], weight: float) -> None:
-        self.params, self.everyone, self.weight = params, [*params, *others], weight
+    def __init__(self, params: Sequence[Tensor], weight: float) -> None:
+        self.params, self.weight = params, weight
         self.used: set[int] = set()  # indices of the parameters that have had a gradient
 
     def __call__(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor]:
         """Return the gradient of every parameter's part here, averaged over the ranks; zero if unused."""
-        kept = [p.grad for p in self.everyone]
+        everyone = [*self.params, *leaves(loss, besides=self.params)]
+        kept = [p.grad for p in everyone]
         try:
-            for p in self.everyone:
+            for p in everyone:
                 p.grad = None
             (loss * self.weight).backward(retain_graph=retain_graph)
             found = local(p.grad for p in self.params)
         finally:
-            for p, grad in zip(self.everyone, kept, strict=True):
+            for p, grad in zip(everyone, kept, strict=True):
                 p.grad = grad
         self.used |= {i for i, grad in enumerate(found) if grad is not None}
         parts = local(self.params)

@@ -1,11 +1,13 @@
 """Walks over autograd graphs."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from torch.autograd.graph import Node
 
 
-def nodes(output: Tensor) -> set[Node]:
-    """Return all nodes of a tensor's autograd graph.
+def nodes(output: Tensor) -> list[Node]:
+    """Return all nodes of a tensor's autograd graph, each once, in an order that the graph determines.
 
     Example:
         >>> import torch
@@ -13,11 +15,25 @@ def nodes(output: Tensor) -> set[Node]:
         >>> sorted(node.name() for node in nodes(x.exp().sum()))
         ['ExpBackward0', 'SumBackward0', 'torch::autograd::AccumulateGrad']
     """
-    seen: set[Node] = set()
+    seen: dict[Node, None] = {}
     ahead = [output.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
-            seen.add(node)
+            seen[node] = None
             ahead.extend(following for following, _ in node.next_functions)
-    return seen
+    return list(seen)
+
+
+def leaves(output: Tensor, besides: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Return the leaves that a backward of a tensor reaches, without those in `besides`.
+
+    Example:
+        >>> import torch
+        >>> w, x = torch.ones(1, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> leaves((w * x).sum(), besides=[w])
+        [tensor([1., 1.], requires_grad=True)]
+    """
+    known = set(besides)
+    accumulating = [node for node in nodes(output) if node.name() == "torch::autograd::AccumulateGrad"]
+    return [node.variable for node in accumulating if node.variable not in known]  # type: ignore[attr-defined]

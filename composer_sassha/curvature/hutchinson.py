@@ -27,7 +27,7 @@ def differentiable_gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Te
     A function written in Python can cut that graph silently: its backward computes outside of autograd, or is
     marked `once_differentiable`. Its part of the Hessian would be missing. A function whose forward computes
     the gradient already, so that its backward only multiplies, is not detected. PyTorch's second derivative
-    of `weight_norm` is wrong (2.6 to 2.11), and counts as missing.
+    of `weight_norm` is wrong (2.6 to 2.11), and counts as missing outside of `differentiable_twice`.
 
     Raises:
         SettingError: a function cuts the graph.
@@ -165,8 +165,8 @@ class NoSecondDerivative(SettingError):
 def _no_second_derivative(name: str) -> NoSecondDerivative:
     error = NoSecondDerivative(
         f"LazyHessian: estimator='hutchinson' differentiates twice, and {name} has no second derivative; use "
-        "estimator='gauss_newton' (for a cross-entropy) or 'finite_difference' (for smooth networks), or "
-        f"another kernel in place of {name}"
+        "estimator='gauss_newton' (for a cross-entropy), 'finite_difference' (for smooth networks) or "
+        f"'empirical_fisher' (for any loss), or another kernel in place of {name}"
     )
     error.operation = name
     return error

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from composer_sassha.common.sharding import forget_copies, local
 from composer_sassha.common.tensors import copy_into, copy_of
+from composer_sassha.optim.bystanders import bystanders_spared
 from composer_sassha.optim.parameters import ParameterView
 from composer_sassha.optim.passes import Closure, PassRunner
 from composer_sassha.optim.transaction import Transaction
@@ -179,7 +180,8 @@ class Driver:
     def _pass(self, wanted: Pass, before: Gradient) -> Any:
         """Run one pass at w + e and return its loss, or None if it overflowed."""
         last = isinstance(wanted, Descent)
-        with self._displaced(wanted.e):
+        spared = contextlib.nullcontext() if last else bystanders_spared(self.view.all)
+        with self._displaced(wanted.e), spared:
             if self.ascended:
                 before.release()
                 self.settings.zero_grad()  # the closure does too, or should; and this pass needs the memory

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from composer_sassha.curvature import Estimation, LazyCurvature, NormsInFloat32
+from composer_sassha.curvature import Estimation, LazyCurvature
+from composer_sassha.curvature.by_parts import differentiable_twice
+from composer_sassha.curvature.hooks import silenceable
 from composer_sassha.optim.counters import Counters
 from composer_sassha.optim.parameters import ParameterView
 
@@ -59,10 +60,9 @@ class RefreshPolicy:
         """Run all passes of a refresh step as the estimator needs them: else dropout draws other masks."""
         stack = contextlib.ExitStack()
         if self.curvature is not None and self.due:
-            if self.curvature.needs.second_order:  # fused attention has no second derivative
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if scaler is not None:
-                    stack.enter_context(NormsInFloat32())
+            stack.enter_context(silenceable())
+            if self.curvature.needs.second_order:
+                stack.enter_context(differentiable_twice(float16=scaler is not None))
             if self.curvature.needs.eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
         return stack
@@ -71,12 +71,10 @@ class RefreshPolicy:
         """Estimate in the coming pass if a refresh is due."""
         if self.curvature is None or not self.due:
             return
-        mine, every = set(view.trainable), view.model.parameters() if view.model is not None else ()
         self.estimation = Estimation(
             self.curvature,
             view.trainable,
             self.counters["steps_taken"],
-            [p for p in every if p.requires_grad and p not in mine],
             gradient_scale=1.0 if scaler is None else scaler.get_scale(),
             scale=self._scale(scaler),
             model=view.model,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from composer_sassha.common.batches import select, unwrapped
 from composer_sassha.common.losses import total_loss
@@ -16,7 +15,9 @@ from composer_sassha.common.side_effects import SideEffects
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
 from composer_sassha.common.validate import SettingError
+from composer_sassha.curvature.by_parts import differentiable_twice
 from composer_sassha.curvature.gradients import without_hooks
+from composer_sassha.curvature.hooks import silence, silenceable
 from composer_sassha.curvature.hutchinson import (
     NoSecondDerivative,
     differentiable_gradients,
@@ -218,8 +219,9 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
     """Put a model in evaluation mode and in full precision; restore everything when the block ends.
 
     Restored are the modes of all modules, the buffers, the random number generators (of Python, NumPy,
-    PyTorch and the GPUs in use) and the precision of matrix products, also after an exception. Attention runs
-    as plain products and a compiled model runs eagerly, since other kernels have no second derivative.
+    PyTorch and the GPUs in use) and the precision of matrix products, also after an exception. Operations
+    without a second derivative are computed by parts that have one (`differentiable_twice`), a compiled model
+    runs eagerly, and hooks of the backward are not called.
 
     Args:
         model: wrapped for data-parallel training, compiled, or neither.
@@ -234,7 +236,9 @@ def undisturbed(model: nn.Module, batch_statistics: bool = False) -> Iterator[No
     before = Snapshot(SideEffects(model), devices)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(differentiable_twice())
+        stack.enter_context(silenceable())
+        stack.enter_context(silence())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for kind in {device.type for device in devices}:
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -62,7 +62,7 @@ def test_unused_parameters_stay_unconnected_and_are_not_measured():
 def test_parameters_of_others_get_their_gradient_but_no_estimate():
     w, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     curvature = LazyCurvature()
-    estimation = Estimation(curvature, [w], step=0, others=[other])
+    estimation = Estimation(curvature, [w], step=0)
     estimation.attach((w * other**2).sum()).backward()
     assert w.grad.tolist() == [1, 1] and other.grad.tolist() == [2, 2]
     assert {*estimation.finish()[0]} == {w}
