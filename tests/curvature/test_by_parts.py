@@ -184,7 +184,7 @@ def test_mobilenet_has_the_curvature_of_its_gradient(wrap):
     estimate = flatten([rule.diagonal[p] for p in params], params) * flatten(z, params)
     assert (estimate - product).norm() < 1e-4 * product.norm()
     if wrap is not Checkpointed:
-        objective = Objective(dict(net.named_parameters()), lambda _: loss(), [(None, 4)], shared=False)
+        objective = Objective(dict(net.named_parameters()), lambda _: loss(), [(None, 4)])
         with undisturbed(net, batch_statistics=True):
             measured = objective.product(flatten(z, params))
         assert (measured - estimate).norm() < 1e-10 * estimate.norm()
