@@ -208,8 +208,9 @@ class _Walk:
         if isinstance(value, Tensor):
             # FSDP2 frees the memory of parameters that it has gathered. And a tensor with a graph was made by
             # a forward, and is not written to.
-            gathered = self._sharded and isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
-            if id(value) not in self._trained and not gathered and value.is_leaf:
+            parameter = isinstance(value, nn.Parameter)
+            gathered = parameter and self._sharded and not isinstance(value, DTensor)
+            if id(value) not in self._trained and not gathered and (parameter or not value.requires_grad):
                 self.tensors.append((where, value))
         elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
             if isinstance(value, _CONTAINERS):
