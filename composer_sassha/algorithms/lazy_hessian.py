@@ -1,7 +1,7 @@
 """The lazy Hessian refresh as a Composer algorithm."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
-from composer_sassha.common.batches import select, size_of, unwrapped
+from composer_sassha.algorithms.given import CUTTABLE, Given
+from composer_sassha.common.batches import Indivisible, Samples, copied, shared, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.snapshot import Snapshot
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim import SharpnessAwareOptimizer
 
 # Sets, because comparing Composer's events one by one is slow, and `match` runs on every event of every step.
 _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
-_ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD))
-_EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
+_ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.BEFORE_BACKWARD))
+_EVALUATING = frozenset((Event.AFTER_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS))
 
 # The metrics to log, under the prefix "hessian".
 LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
@@ -83,8 +85,9 @@ class LazyHessian(MethodAlgorithm):
         batch_fraction: float = 1.0,
     ) -> None:
         self.curvature: LazyCurvature = LazyCurvature(interval, estimator, samples, seed, batch_fraction)
-        self._batch_size: int | None = None
-        self._replay: _Replay | None = None
+        self._batch_size: float | None = None
+        self._hook: Any = None  # on the coming forward
+        self._forget()
 
     def __repr__(self) -> str:
         return repr(self.curvature).replace("LazyCurvature", "LazyHessian")
@@ -111,25 +114,43 @@ class LazyHessian(MethodAlgorithm):
             wiring.scale_gradients(state)
             checks.sort(state)  # loading may have added algorithms
         elif event == Event.BEFORE_TRAIN_BATCH:
-            self._batch_size = size_of(state.batch)
+            self._batch_size = wiring.samples(state).count(state.batch)
         elif event == Event.BEFORE_FORWARD:
-            self._replay = _Replay(state)
-        elif event == Event.AFTER_LOSS:
+            # Algorithms that run later than this one (ESAM) may still change the batch.
+            self._hook = state.model.register_forward_pre_hook(self._look_at_batch(state), prepend=True)
+        elif event in _EVALUATING:
             assert self._replay is not None
-            self._replay.record_loss()
+            self._replay.follow(event)
         elif event == Event.BEFORE_BACKWARD:
             self._estimate(state)
         else:
             wiring.log(state, logger, "hessian", LOGGED)
 
     def _forget(self) -> None:
-        self._replay = None
+        self._replay: _Replay | None = None
+        self._batch: Any = None  # the microbatch before its forward, which may edit it
+        self._size: float | None = None
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _look_at_batch(self, state: State) -> Callable[[Any, tuple[Any]], None]:
+        """Return a hook for the coming forward, which notes its batch."""
+
+        def look(module: Any, inputs: tuple[Any]) -> None:
+            self._hook.remove()
+            samples = wiring.samples(state)
+            self._batch, self._size = copied(inputs[0], shared), samples.count(inputs[0])
+            if self.curvature.evaluates_again:
+                self._replay = _Replay(state, inputs[0], samples)
+
+        return look
 
     def _estimate(self, state: State) -> None:
         logits, labels = None, None
         if self.curvature.needs.predictions:
-            logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch)
-        replay, self._replay = self._replay, None
+            logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch, self._batch)
+        size, replay = self._size, self._replay
+        self._forget()
         (optimizer,) = state.optimizers
 
         def attach(loss: Tensor) -> Tensor:
@@ -137,7 +158,7 @@ class LazyHessian(MethodAlgorithm):
                 loss,
                 logits=logits,
                 labels=labels,
-                size=size_of(state.batch),
+                size=size,
                 batch_size=self._batch_size,
                 again=replay,
             )
@@ -166,15 +187,19 @@ class _Replay:
     Must be made before the microbatch's forward, whose RNG states and buffers it copies.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, batch: Any, samples: Samples) -> None:
         self.state = state
+        self.samples, self.given, self.size = samples, Given(batch), samples.count(batch)
         self.before = self._snapshot()
 
-    def record_loss(self) -> None:
-        """Record the batch and the loss; called after the model's loss."""
-        # In new containers: some algorithms restore labels in place later (LabelSmoothing).
-        self.batch = select(self.state.batch, slice(None), size_of(self.state.batch))
-        self.loss = self._loss_parts()
+    def follow(self, event: Event) -> None:
+        """Note the batch after the forward and before the loss, and then the loss of the model."""
+        if event == Event.AFTER_FORWARD:
+            self.given.after_forward(self.state.batch)
+        elif event == Event.BEFORE_LOSS:
+            self.given.before_loss(self.state.batch)
+        else:
+            self.loss = self._loss_parts()
 
     @contextlib.contextmanager
     def __call__(self, count: int) -> Iterator[Evaluation]:
@@ -186,7 +211,8 @@ class _Replay:
                 "compute again; turn one of the two off"
             )
         state, model = self.state, unwrapped(self.state.model)
-        batch = select(self.batch, slice(count), size_of(self.batch))
+        first = self._first(self.given.for_forward(), count)
+        given = copied(first, shared)
         after = self._snapshot()
         with contextlib.ExitStack() as unnoticed:
             for buffer in state.model.buffers():
@@ -197,12 +223,24 @@ class _Replay:
             self.before.restore()
             try:
                 with get_precision_context(state.precision, state.precision_config):
-                    outputs = model(batch)
+                    outputs = model(first)
+                    batch = self.given.for_loss(first, lambda part: self._first(part, count, Samples()))
+                    predictions = _predictions(model, outputs, batch, given)
                     loss = model.loss(outputs, batch)
-                yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
+                yield Evaluation(total_loss(loss), *predictions)
             finally:
                 # Only after this loss has been differentiated: its graph has saved buffers too.
                 after.restore()
+
+    def _first(self, batch: Any, count: int, samples: Samples | None = None) -> Any:
+        """Return the first samples of the microbatch, or of a part of it."""
+        try:
+            return (samples or self.samples).first(batch, count, self.size)
+        except Indivisible as error:
+            raise SettingError(
+                f"LazyHessian: a batch_fraction below 1 takes the first {count} samples of a microbatch, and "
+                f"{error}; {CUTTABLE}, or set batch_fraction=1"
+            ) from error
 
     def _snapshot(self) -> Snapshot:
         model = self.state.model
@@ -221,8 +259,14 @@ class _Replay:
         )
 
 
-def _predictions(model: Any, outputs: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return logits [N, classes, ...] and labels [N, ...] or probabilities; (None, None) if not found."""
+def _predictions(model: Any, outputs: Any, *batches: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return logits [N, classes, ...] and labels [N, ...] or probabilities; (None, None) if not found.
+
+    The labels are those of the first batch that has some: a forward may have taken them out of another.
+    """
+    if not batches:
+        return None, None
+    batch, *others = batches
     if isinstance(outputs, Mapping) and isinstance(batch, Mapping):  # Hugging Face: classes last
         logits, labels = outputs.get("logits"), batch.get("labels")
         if isinstance(logits, Tensor) and _are_classes(labels) and labels.shape == logits.shape[:-1]:
@@ -235,7 +279,7 @@ def _predictions(model: Any, outputs: Any, batch: Any) -> tuple[Tensor | None, T
             return outputs, labels
         if _are_probabilities(labels) and labels.shape == outputs.shape:
             return outputs, labels
-    return None, None
+    return _predictions(model, outputs, *others)
 
 
 def _are_classes(labels: Any) -> TypeGuard[Tensor]:

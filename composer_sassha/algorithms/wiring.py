@@ -1,15 +1,16 @@
 """Connects the algorithms to the Trainer: its passes, the wrapped optimizer, the scaler and the log."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from composer.core import Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from composer_sassha.algorithms.given import samples_of
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
-from composer_sassha.common.validate import SettingError
+from composer_sassha.common.batches import Samples, copied
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
 
@@ -25,15 +26,13 @@ class TrainerPasses(PassRunner):
         self.state = state
         # Called when an exception has ended a step, to drop what algorithms keep between its passes.
         self.on_rollback: list[Callable[[], None]] = []
+        self.samples = Samples()
+        self._microbatches: Sequence[Any] | None = None  # of the running step
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False) -> Any:
         """Run one pass; see `PassRunner`. The Trainer's closure handles `sync` itself."""
         state = self.state
-        if any(part._version != version for part, version in self._versions):
-            raise SettingError(
-                "an algorithm has written into the batch (CutMix does, into targets as large as the images), "
-                "which a second pass would see; leave it out, or use MSAM, which needs one pass"
-            )
+        self._prepare(closure)
         if not hidden:
             return closure(ddp_sync=sync)
         # The closure updates these and logs `loss_dict`, whichever pass it runs: give it others to write to.
@@ -48,9 +47,27 @@ class TrainerPasses(PassRunner):
         """Keep the batch, which an interrupted pass would replace."""
         self.model = self.state.model  # the Trainer has wrapped it for DDP since
         super().begin()
-        self._batch = self.state.batch
-        # PyTorch counts the in-place writes to a tensor in `_version`; `run` compares before every pass.
-        self._versions = [(p, p._version) for p in tree_leaves(self._batch) if isinstance(p, Tensor)]
+        self._batch, self._microbatches = self.state.batch, None
+
+    def _prepare(self, closure: Closure) -> None:
+        """Give a pass of several a copy of the microbatches, into which it may write; and look at the data.
+
+        A model, a transform of the DataSpec or an algorithm may write into its microbatch: into containers
+        that the Trainer does not copy for each pass, or into tensors that it does not move to the device.
+        """
+        # Composer's State leads to neither, but the variables of the Trainer's closure do.
+        closure = inspect.unwrap(closure)
+        variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        self.samples = samples_of(variables["self"].cell_contents._train_data_spec)
+        if phase(self.state) is None:
+            return
+        microbatches = variables["microbatches"]
+        if self._microbatches is None:
+            self._microbatches = microbatches.cell_contents
+        device = next(self.state.model.parameters()).device
+        microbatches.cell_contents = copied(
+            self._microbatches, lambda t: t.clone() if t.device == device else t
+        )
 
     def rollback(self) -> None:
         """Restore the batch, and reset the metrics as the Trainer had done before the step."""
@@ -93,6 +110,13 @@ def phase(state: State) -> str | None:
     """Return which of a perturbed step's two passes is running: "ascent", "descent", or None."""
     (optimizer,) = state.optimizers
     return optimizer.phase if isinstance(optimizer, SharpnessAwareOptimizer) else None
+
+
+def samples(state: State) -> Samples:
+    """Return how the batches of the Trainer's loader are counted and cut; during a step."""
+    (optimizer,) = state.optimizers
+    found: Samples = optimizer.runner.samples
+    return found
 
 
 def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:

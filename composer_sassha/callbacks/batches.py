@@ -8,7 +8,8 @@ from composer.core import DataSpec
 from composer.devices import Device
 from torch.utils.data import DistributedSampler
 
-from composer_sassha.common.batches import select, size_of
+from composer_sassha.algorithms.given import CUTTABLE, samples_of
+from composer_sassha.common.batches import Indivisible
 from composer_sassha.common.validate import SettingError
 
 
@@ -25,19 +26,22 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
         device: the Trainer's device.
 
     Raises:
-        SettingError: a batch has no tensor to count samples by.
+        SettingError: the samples of a batch cannot be counted, or the repeated ones not left out.
     """
     taken: list[tuple[Any, int]] = []
+    samples = samples_of(data)
     left = _own(data.dataloader)
     for batch in islice(iter(data.dataloader), batches):
         batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
-        count = size_of(batch)
-        if not count:
-            raise SettingError("sharpness: a batch has no tensor with samples in it; use another loader")
-        own = min(count, left)
+        try:
+            count = int(samples.count(batch))
+            own = min(count, left)
+            batch = samples.first(batch, own or count, count)
+        except Indivisible as error:
+            raise SettingError(
+                f"sharpness: the samples of a batch cannot be counted or cut, since {error}; {CUTTABLE}"
+            ) from error
         left -= own
-        if 0 < own < count:
-            batch = select(batch, slice(own), count)
         if own or not taken:
             taken.append((batch, own))
     return taken

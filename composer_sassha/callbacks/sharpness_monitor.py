@@ -10,6 +10,7 @@ from composer.core import Callback, DataSpec, Event, State, Time, ensure_data_sp
 from composer.loggers import Logger
 from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
 
+from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
 from composer_sassha.common.batches import unwrapped
@@ -127,7 +128,10 @@ class SharpnessMonitor(Callback):
                 self._taken = take(self._data(state), self.batches, state.device)
             finally:
                 before.restore()  # iterating a loader draws a seed for its workers
-        objective_of(state.model, self._taken)  # raises now, before the training, if it cannot be measured
+        # Raises now, before the training, if it cannot be measured.
+        objective = objective_of(state.model, self._taken, cut=samples_of(self._data(state)))
+        for m in self.measures.m:
+            objective.groups(m)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Measure if a measurement is due."""
@@ -190,4 +194,4 @@ class SharpnessMonitor(Callback):
                 # Each rank has BatchNorm statistics of its own; the measures must be of one function.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
-            yield objective_of(model, self._taken, deadline)
+            yield objective_of(model, self._taken, deadline, samples_of(self._data(state)))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from composer_sassha.common.batches import select, unwrapped
+from composer_sassha.common.batches import Indivisible, Samples, copied, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.ranks import several
 from composer_sassha.common.snapshot import Snapshot
@@ -42,6 +42,7 @@ class Objective:
         shared: whether every rank holds a part of the batches. Sums are then over all ranks, and all ranks
             must call the same methods. False: this process's batches alone. Default: True.
         tick: called before each evaluation. Default: does nothing.
+        cut: how to divide a batch. Default: along the first dimension.
 
     Raises:
         SettingError: no parameter requires a gradient, a parameter is less precise than float32, or there is
@@ -61,10 +62,12 @@ class Objective:
         batches: Sequence[tuple[Any, int]],
         shared: bool = True,
         tick: Callable[[], None] = lambda: None,
+        cut: Samples = Samples(),  # noqa: B008  # frozen
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
         self.loss_of, self.batches, self.shared, self.tick = loss, list(batches), shared, tick
+        self.cut = cut
         if not self.params:
             raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
         coarse = {p.dtype for p in self.params} - {torch.float32, torch.float64}
@@ -125,19 +128,28 @@ class Objective:
             start = 0
             while start < count:
                 taken = min(missing, count - start)
-                groups[-1].append((select(batch, slice(start, start + taken), count), taken))
+                groups[-1] += self._part(batch, start, start + taken, count)
                 start, missing = start + taken, missing - taken
                 if not missing:
                     groups.append([])
                     missing = m
         params = dict(zip(self.names, self.params, strict=True))
-        return [Objective(params, self.loss_of, group, shared=False) for group in groups[:-1]]
+        return [Objective(params, self.loss_of, group, shared=False, cut=self.cut) for group in groups[:-1]]
+
+    def _part(self, batch: Any, start: int, stop: int, count: int) -> list[tuple[Any, int]]:
+        try:
+            return self.cut.parts(batch, start, stop, count)
+        except Indivisible as error:
+            raise SettingError(
+                f"sharpness: m-sharpness divides batches, and {error}; leave it out with Measures(m=()), or "
+                "give the loader a DataSpec whose split_batch makes microbatches of it"
+            ) from error
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
         for device in {p.device for p in self.params if p.device.type == "cuda"}:
             torch.cuda.default_generators[device.index].manual_seed(_SEED)
-        return self.loss_of(batch)
+        return self.loss_of(copied(batch))  # the model may edit its batch
 
     def _gradient(self, batch: Any) -> Tensor:
         with torch.enable_grad(), without_hooks(self.params):
@@ -175,6 +187,7 @@ def objective_of(
     model: nn.Module,
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
+    cut: Samples = Samples(),  # noqa: B008  # frozen
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
@@ -183,6 +196,7 @@ def objective_of(
             training or not.
         batches: at least one batch, each with its number of samples.
         tick: see `Objective`.
+        cut: see `Objective`.
     """
     inner = unwrapped(model)
     return Objective(
@@ -190,6 +204,7 @@ def objective_of(
         lambda batch: total_loss(inner.loss(inner(batch), batch)),
         batches,
         tick=tick,
+        cut=cut,
     )
 
 

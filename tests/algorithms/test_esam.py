@@ -347,7 +347,7 @@ def test_nothing_is_held_after_an_exception():
     run = trainer(sgd, [algorithm], callbacks=[Spy(look)])
     with pytest.raises(Injected):
         run.fit()
-    assert not algorithm._selection.batches and not algorithm._selection.before
+    assert not algorithm._selection.given and not algorithm._selection.before
     run.close()
 
 
