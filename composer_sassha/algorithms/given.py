@@ -8,10 +8,10 @@ from composer.core.data_spec import default_split_batch
 
 from composer_sassha.common.batches import (
     Samples,
+    Version,
     changed,
     changes,
     copied,
-    shared,
     size_of,
 )
 
@@ -49,7 +49,7 @@ class Given:
 
     def after_forward(self, batch: Any) -> None:
         """Note what the forward has left of its batch, before other algorithms change it."""
-        self._left = copied(batch, shared)
+        self._left = copied(batch, Version.of)
 
     def before_loss(self, batch: Any) -> None:
         """Note what other algorithms have changed since the forward."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composer_sassha.algorithms.given import samples_of
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
-from composer_sassha.common.batches import Samples, copied
+from composer_sassha.common.batches import Samples, copied, writable
 from composer_sassha.optim import PassRunner, SharpnessAwareOptimizer
 from composer_sassha.optim.passes import Closure
 
@@ -66,7 +66,7 @@ class TrainerPasses(PassRunner):
             self._microbatches = microbatches.cell_contents
         device = next(self.state.model.parameters()).device
         microbatches.cell_contents = copied(
-            self._microbatches, lambda t: t.clone() if t.device == device else t
+            self._microbatches, lambda t: writable(t) if t.device == device else t
         )
 
     def rollback(self) -> None:

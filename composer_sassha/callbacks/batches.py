@@ -8,7 +8,7 @@ from composer.core import DataSpec
 from composer.devices import Device
 from torch.utils.data import DistributedSampler
 
-from composer_sassha.algorithms.given import CUTTABLE, samples_of
+from composer_sassha.algorithms.given import samples_of
 from composer_sassha.common.batches import Indivisible
 from composer_sassha.common.validate import SettingError
 
@@ -34,12 +34,15 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
     for batch in islice(iter(data.dataloader), batches):
         batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
         try:
-            count = int(samples.count(batch))
-            own = min(count, left)
-            batch = samples.first(batch, own or count, count)
+            count = samples.count(batch)
+            if count < 1 or count != int(count):
+                raise Indivisible(f"their number is {count}")
+            own = min(int(count), left)
+            batch = samples.first(batch, own or int(count), count)
         except Indivisible as error:
             raise SettingError(
-                f"sharpness: the samples of a batch cannot be counted or cut, since {error}; {CUTTABLE}"
+                f"sharpness: the samples of a batch cannot be counted or cut: {error}; give the loader a "
+                "DataSpec with get_num_samples_in_batch and split_batch"
             ) from error
         left -= own
         if own or not taken:

@@ -13,7 +13,7 @@ from composer.utils import MissingConditionalImportError, create_interval_schedu
 from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
-from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.batches import Samples, unwrapped
 from composer_sassha.common.sharding import is_sharded
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.sharpness.measures import Deadline, Measures, measure
@@ -98,6 +98,7 @@ class SharpnessMonitor(Callback):
             ) from error
         self.spectra: dict[int, Spectrum] = {}
         self._taken: list[tuple[Any, int]] = []
+        self._cut = Samples()
         self._measured_at: int | None = None
 
     def __repr__(self) -> str:
@@ -125,11 +126,12 @@ class SharpnessMonitor(Callback):
             device = next(state.model.parameters()).device
             before = Snapshot(None, {device})
             try:
-                self._taken = take(self._data(state), self.batches, state.device)
+                data = self._data(state)
+                self._taken, self._cut = take(data, self.batches, state.device), samples_of(data)
             finally:
                 before.restore()  # iterating a loader draws a seed for its workers
         # Raises now, before the training, if it cannot be measured.
-        objective = objective_of(state.model, self._taken, cut=samples_of(self._data(state)))
+        objective = objective_of(state.model, self._taken, cut=self._cut)
         for m in self.measures.m:
             objective.groups(m)
 
@@ -194,4 +196,4 @@ class SharpnessMonitor(Callback):
                 # Each rank has BatchNorm statistics of its own; the measures must be of one function.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
-            yield objective_of(model, self._taken, deadline, samples_of(self._data(state)))
+            yield objective_of(model, self._taken, deadline, self._cut)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class Indivisible(ValueError):
 class _EachTensor(TorchFunctionMode):
     """Makes `copy.deepcopy` call a function for every tensor."""
 
-    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, of: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.of = of
 
@@ -32,15 +32,20 @@ class _EachTensor(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def copied(batch: Any, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
+def writable(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, or itself if it requires a gradient: autograd allows no writes to it."""
+    return tensor if tensor.requires_grad else tensor.clone()
+
+
+def copied(batch: Any, of: Callable[[Tensor], Any] = writable) -> Any:
     """Return a copy of a batch of any type, because a forward may edit the one that it is given.
 
-    All containers are new; `of(tensor)` stands for each tensor. Plain `deepcopy` copies the whole storage of
-    a microbatch that is a view, and refuses tensors with a graph.
+    All containers are new. Plain `deepcopy` copies the whole storage of a microbatch that is a view, and
+    refuses tensors with a graph.
 
     Args:
         batch: tensors in containers of any type and depth.
-        of: what becomes of a tensor; `shared` keeps it. Default: a copy.
+        of: returns what stands for a tensor; `shared` is the tensor itself. Default: `writable`, a copy.
     """
     with _EachTensor(of):
         return copy.deepcopy(batch)
@@ -49,6 +54,18 @@ def copied(batch: Any, of: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
 def shared(tensor: Tensor) -> Tensor:
     """Return the tensor itself; see `copied`."""
     return tensor
+
+
+class Version(NamedTuple):
+    """A tensor, and how many in-place writes it has seen; see `copied`."""
+
+    tensor: Tensor
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Version":
+        """Return the present version of a tensor."""
+        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
 
 
 def _members(batch: Any) -> dict[Any, Any]:
@@ -84,9 +101,12 @@ def changes(before: Any, after: Any) -> Any:
     """Return `after` with `UNCHANGED` in place of the parts that are those of `before`; see `changed`.
 
     Args:
-        before: a copy of the batch that shares its tensors.
-        after: the batch later.
+        before: `copied(batch, Version.of)` at an earlier time.
+        after: the batch now.
     """
+    if isinstance(before, Version):
+        same = before.tensor is after and before.writes == Version.of(after).writes
+        return UNCHANGED if same else after
     if after is before:
         return UNCHANGED
     old, new = _members(before), _members(after)
@@ -147,6 +167,12 @@ def _lists_values(batch: Sequence[Any]) -> bool:
     return all(isinstance(part, (int, float, str, bytes)) for part in batch)
 
 
+def _alike(batch: Sequence[Any]) -> bool:
+    """Whether the parts of a sequence may be samples: of one type, and tensors of one dtype and rank."""
+    kinds = {(type(part), getattr(part, "dtype", None), getattr(part, "ndim", None)) for part in batch}
+    return len(kinds) == 1 and not hasattr(batch, "_fields")
+
+
 def select(batch: Any, index: slice | Tensor, size: float, inside: bool = False) -> Any:
     """Return some samples of a batch, in new containers.
 
@@ -179,16 +205,16 @@ def select(batch: Any, index: slice | Tensor, size: float, inside: bool = False)
         parts = {key: select(part, index, size, inside=True) for key, part in members.items()}
         cut = isinstance(batch, Mapping) or any(parts[key] is not part for key, part in members.items())
         return _with_members(batch, parts) if cut else batch
-    values, fits = _lists_values(batch), len(batch) == size
-    samples = fits and (values or inside or all(isinstance(part, Mapping) for part in batch))
-    if values and batch and not fits:
+    values = _lists_values(batch)
+    if values and batch and len(batch) != size:
         raise Indivisible(f"a list of {len(batch)} has no entry for each of {size} samples")
-    if not samples:
+    lists = len(batch) == size and (values or _alike(batch))  # it may list samples
+    if not (lists and (values or inside or all(isinstance(part, Mapping) for part in batch))):
         try:
             parts = {key: select(part, index, size, inside=True) for key, part in members.items()}
             return _with_members(batch, parts)
         except Indivisible:
-            if not fits:
+            if not lists:
                 raise
     return type(batch)(entries(batch))
 
