@@ -110,6 +110,7 @@ class ESAM(PerturbingAlgorithm):
                 self._forget()
             case Event.BEFORE_FORWARD, "ascent":
                 selection.given.append(Given(state.batch))
+                selection.weights.append(wiring.samples(state).count(state.batch))
             case Event.AFTER_FORWARD, "ascent":
                 selection.given[-1].after_forward(state.batch)
             case Event.BEFORE_LOSS, "ascent":
@@ -242,6 +243,7 @@ class _Selection:
 
     def __init__(self) -> None:
         self.given: list[Given] = []  # the microbatches of the ascent
+        self.weights: list[float] = []  # of these in the batch, up to a factor, as the Trainer weighs them
         self.for_loss: Any = None  # what the loss of the running one is given
         self.before: list[Tensor] = []  # their samples' losses at w
         self.parts: list[tuple[Tensor, float]] = []  # of each: which samples, and the factor of its loss
@@ -252,14 +254,14 @@ class _Selection:
         rise = torch.cat(after) - torch.cat(self.before)
         chosen = most_sensitive(rise, gamma)
         *indices, self.loss_gap = torch.cat([chosen.float(), rise.mean()[None].float()]).tolist()
-        start, total = 0, len(rise)
-        for losses in self.before:
+        start, total = 0, sum(self.weights)
+        for losses, weight in zip(self.before, self.weights, strict=True):
             here = [int(i) - start for i in indices if start <= i < start + len(losses)]
-            # The Trainer weighs this microbatch by its fraction of all samples; the factor makes that its
-            # fraction of the selected ones. A microbatch without selected samples must still run, at weight
-            # zero, or the other ranks would wait in DDP's collectives. It runs with two samples, because
-            # BatchNorm cannot train on one.
-            factor = (len(here) / len(indices)) / (len(losses) / total)
+            # The Trainer weighs this microbatch by its fraction of the samples, as the DataSpec counts them; the
+            # factor makes that its fraction of the selected ones. A microbatch without selected samples must
+            # still run, at weight zero, or the other ranks would wait in DDP's collectives. It runs with two
+            # samples, because BatchNorm cannot train on one.
+            factor = (len(here) / len(indices)) / (weight / total)
             some = here or list(range(min(2, len(losses))))
             self.parts.append((torch.tensor(some, device=losses.device), factor))
             start += len(losses)

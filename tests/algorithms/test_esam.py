@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from composer.core import Event
+from composer.core import DataSpec, Event
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
 from torch import nn
@@ -279,15 +279,15 @@ def test_a_selected_sample_keeps_all_that_the_batch_has_of_it():
     x, y = images(20).tensors
     x, w = x.double(), torch.linspace(0.1, 5.0, 20, dtype=torch.float64)
     samples = [{"x": x[i], "y": y[i], "w": w[i], "name": "digit"} for i in range(20)]
-    for size in (20, 6, 1):
+    # A DataSpec may count otherwise, and the Trainer weighs microbatches by that.
+    for size, count in [(20, None), (6, None), (1, None), (6, lambda batch: batch["w"].sum().item())]:
         model = Weighted()
         before = model.net.weight.detach().clone()
         run = trainer(
             lambda params: torch.optim.SGD(params, lr=0.1),
             [ESAM(rho=0.5, beta=1.0, gamma=0.25, input_key="x", target_key="y")],
             model=model,
-            dataset=samples,
-            batch_size=20,
+            train_dataloader=DataSpec(DataLoader(samples, 20), get_num_samples_in_batch=count),
             max_duration="1ba",
             device_train_microbatch_size=size,
         )
