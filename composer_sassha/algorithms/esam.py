@@ -257,7 +257,7 @@ class _Selection:
         start, total = 0, sum(self.weights)
         for losses, weight in zip(self.before, self.weights, strict=True):
             here = [int(i) - start for i in indices if start <= i < start + len(losses)]
-            # The Trainer weighs this microbatch by its fraction of the samples, as the DataSpec counts them; the
+            # The Trainer weighs this microbatch by its fraction of the samples that the DataSpec counts; the
             # factor makes that its fraction of the selected ones. A microbatch without selected samples must
             # still run, at weight zero, or the other ranks would wait in DDP's collectives. It runs with two
             # samples, because BatchNorm cannot train on one.

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from composer.core import Event, Precision, State, get_precision_context
@@ -13,6 +13,7 @@ from torch import Tensor
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.algorithms.given import CUTTABLE, Given
+from composer_sassha.algorithms.predictions import predictions
 from composer_sassha.common.batches import Indivisible, Samples, copied, shared, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.snapshot import Snapshot
@@ -148,7 +149,7 @@ class LazyHessian(MethodAlgorithm):
     def _estimate(self, state: State) -> None:
         logits, labels = None, None
         if self.curvature.needs.predictions:
-            logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch, self._batch)
+            logits, labels = predictions(unwrapped(state.model), state.outputs, state.batch, self._batch)
         size, replay = self._size, self._replay
         self._forget()
         (optimizer,) = state.optimizers
@@ -225,9 +226,9 @@ class _Replay:
                 with get_precision_context(state.precision, state.precision_config):
                     outputs = model(first)
                     batch = self.given.for_loss(first, lambda part: self._first(part, count, Samples()))
-                    predictions = _predictions(model, outputs, batch, given)
+                    found = predictions(model, outputs, batch, given)
                     loss = model.loss(outputs, batch)
-                yield Evaluation(total_loss(loss), *predictions)
+                yield Evaluation(total_loss(loss), *found)
             finally:
                 # Only after this loss has been differentiated: its graph has saved buffers too.
                 after.restore()
@@ -257,40 +258,6 @@ class _Replay:
             part is model_part and version == model_version
             for (part, version), (model_part, model_version) in zip(now, self.loss, strict=True)
         )
-
-
-def _predictions(model: Any, outputs: Any, *batches: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return logits [N, classes, ...] and labels [N, ...] or probabilities; (None, None) if not found.
-
-    The labels are those of the first batch that has some: a forward may have taken them out of another.
-    """
-    if not batches:
-        return None, None
-    batch, *others = batches
-    if isinstance(outputs, Mapping) and isinstance(batch, Mapping):  # Hugging Face: classes last
-        logits, labels = outputs.get("logits"), batch.get("labels")
-        if isinstance(logits, Tensor) and _are_classes(labels) and labels.shape == logits.shape[:-1]:
-            if getattr(model, "shift_labels", False):  # a causal language model: each predicts the next
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            return logits.movedim(-1, 1), labels
-    elif isinstance(outputs, Tensor) and outputs.ndim > 1 and isinstance(batch, (tuple, list)):
-        labels = batch[1] if len(batch) == 2 else None
-        if _are_classes(labels) and labels.shape == outputs[:, 0].shape:
-            return outputs, labels
-        if _are_probabilities(labels) and labels.shape == outputs.shape:
-            return outputs, labels
-    return _predictions(model, outputs, *others)
-
-
-def _are_classes(labels: Any) -> TypeGuard[Tensor]:
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
-
-
-def _are_probabilities(labels: Any) -> TypeGuard[Tensor]:
-    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 2:
-        return False
-    sums = labels.sum(dim=1)  # those of a regression's targets are not 1
-    return torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 def _with_total(loss: Any, attach: Any) -> Any:
