@@ -50,10 +50,10 @@ class TrainerPasses(PassRunner):
         self._batch, self._microbatches = self.state.batch, None
 
     def _prepare(self, closure: Closure) -> None:
-        """Give a pass of several a copy of the microbatches, into which it may write; and look at the data.
+        """Read the DataSpec, and give a pass that is one of several its own copy of the microbatches.
 
-        A model, a transform of the DataSpec or an algorithm may write into its microbatch: into containers
-        that the Trainer does not copy for each pass, or into tensors that it does not move to the device.
+        A model, a transform of the DataSpec or an algorithm may write into its microbatch: into a container
+        that the Trainer does not copy for each pass, or into a tensor that it does not move to the device.
         """
         # Composer's State leads to neither, but the variables of the Trainer's closure do.
         closure = inspect.unwrap(closure)

@@ -139,7 +139,7 @@ def changed(batch: Any, by: Any, of: Callable[[Any], Any] = lambda part: part) -
 def size_of(batch: Any) -> int:
     """Return the number of samples of a batch: the first dimension of its tensors, on which all must agree.
 
-    A list of numbers or strings counts as a tensor.
+    A list without tensors, such as one of numbers or strings, counts as a tensor.
 
     Raises:
         Indivisible: they do not agree, or there is none.
@@ -163,8 +163,8 @@ def _rows(batch: Any) -> Iterator[int]:
 
 
 def _lists_values(batch: Sequence[Any]) -> bool:
-    """Whether a sequence holds values, such as numbers or strings, and no tensor or container."""
-    return all(isinstance(part, (int, float, str, bytes)) for part in batch)
+    """Whether a sequence holds no tensors, but values such as numbers, strings or None."""
+    return not any(True for part in batch for _ in _rows(part))
 
 
 def _alike(batch: Sequence[Any]) -> bool:

@@ -138,6 +138,10 @@ SELECTED = {
         {"x": IMAGES, "y": rows(4)},
         lambda i: {"x": [IMAGES[k] for k in i], "y": rows(4)[i]},
     ),
+    "optional texts": (
+        {"t": ["a", None, "b", None], "y": rows(4)},
+        lambda i: {"t": [["a", None, "b", None][k] for k in i], "y": rows(4)[i]},
+    ),
     "samples": ([{"x": rows(4)[k]} for k in range(4)], lambda i: [{"x": rows(4)[k]} for k in i]),
     "images with labels": ([(image, 1) for image in IMAGES], lambda i: [(IMAGES[k], 1) for k in i]),
     "none and values": ((rows(4), None, 2.0, "name"), lambda i: (rows(4)[i], None, 2.0, "name")),
@@ -181,7 +185,7 @@ def test_small_batches_are_cut(count):
 
 def test_samples_are_counted_where_all_tensors_agree():
     assert size_of({"x": rows(4, 2), "y": [rows(4), None], "texts": list("abcd"), "n": torch.tensor(3)}) == 4
-    for batch, found in (((rows(4), rows(3)), r"dimensions \[3, 4\]"), ([None, 3.0, {}], "no tensor")):
+    for batch, found in (((rows(4), rows(3)), r"dimensions \[3, 4\]"), ({"a": None, "b": 3.0}, "no tensor")):
         with pytest.raises(Indivisible, match=found):
             size_of(batch)
 
