@@ -64,9 +64,11 @@ class TrainerPasses(PassRunner):
         microbatches = variables["microbatches"]
         if self._microbatches is None:
             self._microbatches = microbatches.cell_contents
+        # The last pass may have the tensors themselves: nothing reads them any more, and a copy costs memory.
         device = next(self.state.model.parameters()).device
+        last = phase(self.state) == "descent"
         microbatches.cell_contents = copied(
-            self._microbatches, lambda t: writable(t) if t.device == device else t
+            self._microbatches, lambda t: t if last or t.device != device else writable(t)
         )
 
     def rollback(self) -> None:

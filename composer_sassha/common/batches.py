@@ -246,6 +246,8 @@ class Samples:
         if start == 0 and stop >= size:
             return [(batch, stop)]
         if self.split is None:
+            if not any(True for _ in _rows(batch)):
+                raise Indivisible(f"a {type(batch).__name__} without tensors and lists cannot be cut")
             return [(select(batch, slice(start, stop), size), stop - start)]
         step = math.gcd(start, stop - start)
         parts = list(self.split(batch, step))[start // step : stop // step]

@@ -203,6 +203,8 @@ def test_a_loaders_own_split_makes_the_parts():
     assert samples.first(batch, 9, 7) is batch and asked == [3]
     assert_same(samples.parts(batch, 2, 6, 7), [(batch[:, 2:4], 2), (batch[:, 4:6], 2)])
     assert_same(samples.parts(batch, 3, 7, 7), [(batch[:, i : i + 1], 1) for i in range(3, 7)])
+    with pytest.raises(Indivisible, match="a str without tensors and lists cannot be cut"):
+        Samples(len).first("words", 3, 5)
     stubborn = Samples(lambda batch: batch.shape[1], lambda batch, size: [batch])
     with pytest.raises(Indivisible, match=r"parts of \[7\] samples where 3"):
         stubborn.first(batch, 3, 7)
