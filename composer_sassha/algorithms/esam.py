@@ -9,17 +9,30 @@ from composer.algorithms import CutMix, GhostBatchNorm, MixUp
 from composer.core import Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
+from composer.utils import batch_get
 from torch import Tensor
 
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import taken_apart
+from composer_sassha.algorithms.given import Given
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.common import validate
-from composer_sassha.common.batches import select, unwrapped
+from composer_sassha.common.batches import Indivisible, copied, select, shared, unwrapped
 from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import ESAMPerturbation
 from composer_sassha.perturbations.esam import most_sensitive
+
+_SELECTING = frozenset(
+    (
+        Event.BEFORE_TRAIN_BATCH,
+        Event.BEFORE_FORWARD,
+        Event.AFTER_FORWARD,
+        Event.BEFORE_LOSS,
+        Event.AFTER_LOSS,
+        Event.BEFORE_BACKWARD,
+    )
+)
 
 
 class ESAM(PerturbingAlgorithm):
@@ -84,7 +97,7 @@ class ESAM(PerturbingAlgorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run: at the Trainer's start, around and within the two passes, and to log."""
-        if event in (Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.AFTER_LOSS, Event.BEFORE_BACKWARD):
+        if event in _SELECTING:
             return self.gamma < 1 and wiring.phase(state) is not None
         return super().match(event, state)
 
@@ -94,15 +107,23 @@ class ESAM(PerturbingAlgorithm):
         match event, wiring.phase(state):
             case Event.BEFORE_TRAIN_BATCH, "ascent":
                 self._forget()
+            case Event.BEFORE_FORWARD, "ascent":
+                selection.given.append(Given(state.batch))
+                selection.weights.append(wiring.samples(state).count(state.batch))
+            case Event.AFTER_FORWARD, "ascent":
+                selection.given[-1].after_forward(state.batch)
+            case Event.BEFORE_LOSS, "ascent":
+                selection.given[-1].before_loss(state.batch)
+                selection.for_loss = copied(state.batch, shared)  # the loss may edit it
             case Event.AFTER_LOSS, "ascent":
-                selection.before.append(self._losses(state, state.outputs))
-                # In new containers: some algorithms restore labels in place later (LabelSmoothing).
-                selection.batches.append(select(state.batch, slice(None), self._samples(state)))
+                given, batch = selection.given[-1], selection.for_loss
+                selection.before.append(self._losses(state, state.outputs, batch, given))
+                selection.for_loss = None
             case Event.BEFORE_TRAIN_BATCH, "descent":
                 selection.choose(self._losses_again(state), self.gamma)
             case Event.BEFORE_FORWARD, "descent":
                 index, _ = selection.parts[0]
-                state.batch = select(state.batch, index, self._samples(state))
+                state.batch = self._selected(state.batch, index)
             case Event.BEFORE_BACKWARD, "descent":
                 _, factor = selection.parts.pop(0)
                 state.loss = _scaled(state.loss, factor)
@@ -146,7 +167,6 @@ class ESAM(PerturbingAlgorithm):
         Buffers and RNG states are restored: the extra forward must change neither BatchNorm's statistics nor
         the random numbers of the descent.
         """
-        batch = state.batch
         unseen = wiring.snapshot(state)
         try:
             try:
@@ -158,46 +178,55 @@ class ESAM(PerturbingAlgorithm):
             unseen.restore()
             return self._losses_of_microbatches(state, graph=True)
         finally:
-            state.batch = batch
             unseen.restore()
 
     def _losses_of_microbatches(self, state: State, graph: bool) -> list[Tensor]:
         model, after = unwrapped(state.model), []
-        for state.batch in self._selection.batches:
+        for given in self._selection.given:
             with torch.set_grad_enabled(graph):
+                batch = given.for_forward()
                 with get_precision_context(state.precision, state.precision_config):
-                    outputs = model(state.batch)
-                after.append(self._losses(state, outputs))
+                    outputs = model(batch)
+                after.append(self._losses(state, outputs, given.for_loss(batch), given))
         return after
 
-    def _losses(self, state: State, outputs: Any) -> Tensor:
-        """Return the loss of every sample of `state.batch`."""
+    def _losses(self, state: State, outputs: Any, batch: Any, given: Given) -> Tensor:
+        """Return the loss of every sample of a microbatch."""
         model, losses = unwrapped(state.model), None
         try:
             with get_precision_context(state.precision, state.precision_config):
-                losses = model.loss(outputs, state.batch, reduction="none")
+                losses = model.loss(outputs, batch, reduction="none")
         except TypeError as error:
             if "reduction" not in str(error) and "keyword" not in str(error):
                 raise  # the loss takes it, and has another problem
         # The keys are checked last: other keys would not help a model without per-sample losses.
-        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != self._samples(state):
+        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != self._samples(given.batch):
             raise SettingError(
                 f"ESAM: {type(model).__name__}.loss(outputs, batch, reduction='none') returns no loss "
                 "per sample; set gamma=1, or give the model such a loss"
             )
         return losses.detach().reshape(len(losses), -1).mean(dim=1)
 
-    def _samples(self, state: State) -> int:
-        """Return the number of samples of `state.batch`, which its inputs and targets must agree on."""
+    def _selected(self, batch: Any, index: Tensor) -> Any:
+        try:
+            return select(batch, index, self._samples(batch))
+        except Indivisible as error:
+            raise SettingError(
+                f"ESAM: gamma={self.gamma} selects samples, and {error}; give every part of the batch one "
+                "entry for each sample, or set gamma=1"
+            ) from error
+
+    def _samples(self, batch: Any) -> int:
+        """Return the number of samples of a batch, which its inputs and targets must agree on."""
         counts = {}
         for name, key in (("input_key", self.input_key), ("target_key", self.target_key)):
             entry = None
             with contextlib.suppress(Exception):  # a batch may be of any type, and raise anything
-                entry = state.batch_get_item(key)
+                entry = batch_get(batch, key)
             if not isinstance(entry, Tensor) or entry.ndim == 0:
                 raise SettingError(
                     f"ESAM: {name}={key!r} is not allowed; it must lead to a tensor in the batch, a "
-                    f"{type(state.batch).__name__}; give the key of its {name[:-4]}s, or set gamma=1"
+                    f"{type(batch).__name__}; give the key of its {name[:-4]}s, or set gamma=1"
                 )
             counts[name] = len(entry)
         if counts["input_key"] != counts["target_key"]:
@@ -212,7 +241,9 @@ class _Selection:
     """The samples of one step's second pass, and the losses they are selected by."""
 
     def __init__(self) -> None:
-        self.batches: list[Any] = []  # the microbatches of the ascent
+        self.given: list[Given] = []  # the microbatches of the ascent
+        self.weights: list[float] = []  # of these in the batch, up to a factor, as the Trainer weighs them
+        self.for_loss: Any = None  # what the loss of the running one is given
         self.before: list[Tensor] = []  # their samples' losses at w
         self.parts: list[tuple[Tensor, float]] = []  # of each: which samples, and the factor of its loss
         self.loss_gap: float | None = None  # None if the ascent has overflowed
@@ -222,14 +253,14 @@ class _Selection:
         rise = torch.cat(after) - torch.cat(self.before)
         chosen = most_sensitive(rise, gamma)
         *indices, self.loss_gap = torch.cat([chosen.float(), rise.mean()[None].float()]).tolist()
-        start, total = 0, len(rise)
-        for losses in self.before:
+        start, total = 0, sum(self.weights)
+        for losses, weight in zip(self.before, self.weights, strict=True):
             here = [int(i) - start for i in indices if start <= i < start + len(losses)]
-            # The Trainer weighs this microbatch by its fraction of all samples; the factor makes that its
-            # fraction of the selected ones. A microbatch without selected samples must still run, at weight
-            # zero, or the other ranks would wait in DDP's collectives. It runs with two samples, because
-            # BatchNorm cannot train on one.
-            factor = (len(here) / len(indices)) / (len(losses) / total)
+            # The Trainer weighs this microbatch by its fraction of the samples that the DataSpec counts; the
+            # factor makes that its fraction of the selected ones. A microbatch without selected samples must
+            # still run, at weight zero, or the other ranks would wait in DDP's collectives. It runs with two
+            # samples, because BatchNorm cannot train on one.
+            factor = (len(here) / len(indices)) / (weight / total)
             some = here or list(range(min(2, len(losses))))
             self.parts.append((torch.tensor(some, device=losses.device), factor))
             start += len(losses)

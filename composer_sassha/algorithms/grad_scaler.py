@@ -1,5 +1,6 @@
 """Gradient scaling for optimizers whose step runs several passes."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,7 @@ class ClosureGradScaler(torch.amp.GradScaler):
             ranks = ParameterView(optimizer, optimizer.model, self._given or optimizer.process_group).ranks
         wrapped = id(getattr(optimizer, "base_optimizer", optimizer))
 
+        @functools.wraps(closure)
         def checked(**settings: Any) -> Any:
             # One state for wrapper and base optimizer: a closure that clips may pass either to `unscale_`.
             state = self._per_optimizer_states[wrapped] = self._per_optimizer_states[id(optimizer)]

@@ -1,8 +1,8 @@
 """The lazy Hessian refresh as a Composer algorithm."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from composer.core import Event, Precision, State, get_precision_context
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
-from composer_sassha.common.batches import select, size_of, unwrapped
+from composer_sassha.algorithms.given import CUTTABLE, Given
+from composer_sassha.algorithms.predictions import predictions
+from composer_sassha.common.batches import Indivisible, Samples, copied, shared, unwrapped
 from composer_sassha.common.losses import total_loss
+from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim import SharpnessAwareOptimizer
 
 # Sets, because comparing Composer's events one by one is slow, and `match` runs on every event of every step.
 _EVENTS = frozenset((*wiring.START, Event.BATCH_END))
-_ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_BACKWARD))
-_EVALUATING = frozenset((Event.BEFORE_FORWARD, Event.AFTER_LOSS))
+_ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.BEFORE_BACKWARD))
+_EVALUATING = frozenset((Event.AFTER_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS))
 
 # The metrics to log, under the prefix "hessian".
 LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
@@ -82,8 +85,9 @@ class LazyHessian(MethodAlgorithm):
         batch_fraction: float = 1.0,
     ) -> None:
         self.curvature: LazyCurvature = LazyCurvature(interval, estimator, samples, seed, batch_fraction)
-        self._batch_size: int | None = None
-        self._replay: _Replay | None = None
+        self._batch_size: float | None = None
+        self._hook: Any = None  # on the coming forward
+        self._forget()
 
     def __repr__(self) -> str:
         return repr(self.curvature).replace("LazyCurvature", "LazyHessian")
@@ -110,25 +114,43 @@ class LazyHessian(MethodAlgorithm):
             wiring.scale_gradients(state)
             checks.sort(state)  # loading may have added algorithms
         elif event == Event.BEFORE_TRAIN_BATCH:
-            self._batch_size = size_of(state.batch)
+            self._batch_size = wiring.samples(state).count(state.batch)
         elif event == Event.BEFORE_FORWARD:
-            self._replay = _Replay(state)
-        elif event == Event.AFTER_LOSS:
+            # Algorithms that run later than this one (ESAM) may still change the batch.
+            self._hook = state.model.register_forward_pre_hook(self._look_at_batch(state), prepend=True)
+        elif event in _EVALUATING:
             assert self._replay is not None
-            self._replay.record_loss()
+            self._replay.follow(event)
         elif event == Event.BEFORE_BACKWARD:
             self._estimate(state)
         else:
             wiring.log(state, logger, "hessian", LOGGED)
 
     def _forget(self) -> None:
-        self._replay = None
+        self._replay: _Replay | None = None
+        self._batch: Any = None  # the microbatch before its forward, which may edit it
+        self._size: float | None = None
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _look_at_batch(self, state: State) -> Callable[[Any, tuple[Any]], None]:
+        """Return a hook for the coming forward, which notes its batch."""
+
+        def look(module: Any, inputs: tuple[Any]) -> None:
+            self._hook.remove()
+            samples = wiring.samples(state)
+            self._batch, self._size = copied(inputs[0], shared), samples.count(inputs[0])
+            if self.curvature.evaluates_again:
+                self._replay = _Replay(state, inputs[0], samples)
+
+        return look
 
     def _estimate(self, state: State) -> None:
         logits, labels = None, None
         if self.curvature.needs.predictions:
-            logits, labels = _predictions(unwrapped(state.model), state.outputs, state.batch)
-        replay, self._replay = self._replay, None
+            logits, labels = predictions(unwrapped(state.model), state.outputs, state.batch, self._batch)
+        size, replay = self._size, self._replay
+        self._forget()
         (optimizer,) = state.optimizers
 
         def attach(loss: Tensor) -> Tensor:
@@ -136,7 +158,7 @@ class LazyHessian(MethodAlgorithm):
                 loss,
                 logits=logits,
                 labels=labels,
-                size=size_of(state.batch),
+                size=size,
                 batch_size=self._batch_size,
                 again=replay,
             )
@@ -165,15 +187,19 @@ class _Replay:
     Must be made before the microbatch's forward, whose RNG states and buffers it copies.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, batch: Any, samples: Samples) -> None:
         self.state = state
+        self.samples, self.given, self.size = samples, Given(batch), samples.count(batch)
         self.before = wiring.snapshot(state, learn=False)
 
-    def record_loss(self) -> None:
-        """Record the batch and the loss; called after the model's loss."""
-        # In new containers: some algorithms restore labels in place later (LabelSmoothing).
-        self.batch = select(self.state.batch, slice(None), size_of(self.state.batch))
-        self.loss = self._loss_parts()
+    def follow(self, event: Event) -> None:
+        """Note the batch after the forward and before the loss, and then the loss of the model."""
+        if event == Event.AFTER_FORWARD:
+            self.given.after_forward(self.state.batch)
+        elif event == Event.BEFORE_LOSS:
+            self.given.before_loss(self.state.batch)
+        else:
+            self.loss = self._loss_parts()
 
     @contextlib.contextmanager
     def __call__(self, count: int) -> Iterator[Evaluation]:
@@ -185,12 +211,25 @@ class _Replay:
                 "compute again; turn one of the two off"
             )
         state, model = self.state, unwrapped(self.state.model)
-        batch = select(self.batch, slice(count), size_of(self.batch))
+        first = self._first(self.given.for_forward(), count)
+        given = copied(first, shared)
         with self.before.again():  # until this loss has been differentiated
             with get_precision_context(state.precision, state.precision_config):
-                outputs = model(batch)
+                outputs = model(first)
+                batch = self.given.for_loss(first, lambda part: self._first(part, count, Samples()))
+                found = predictions(model, outputs, batch, given)
                 loss = model.loss(outputs, batch)
-            yield Evaluation(total_loss(loss), *_predictions(model, outputs, batch))
+            yield Evaluation(total_loss(loss), *found)
+
+    def _first(self, batch: Any, count: int, samples: Samples | None = None) -> Any:
+        """Return the first samples of the microbatch, or of a part of it."""
+        try:
+            return (samples or self.samples).first(batch, count, self.size)
+        except Indivisible as error:
+            raise SettingError(
+                f"LazyHessian: a batch_fraction below 1 takes the first {count} samples of a microbatch, and "
+                f"{error}; {CUTTABLE}, or set batch_fraction=1"
+            ) from error
 
     def _loss_parts(self) -> list[tuple[Tensor, int]]:
         loss = self.state.loss
@@ -203,34 +242,6 @@ class _Replay:
             part is model_part and version == model_version
             for (part, version), (model_part, model_version) in zip(now, self.loss, strict=True)
         )
-
-
-def _predictions(model: Any, outputs: Any, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return logits [N, classes, ...] and labels [N, ...] or probabilities; (None, None) if not found."""
-    if isinstance(outputs, Mapping) and isinstance(batch, Mapping):  # Hugging Face: classes last
-        logits, labels = outputs.get("logits"), batch.get("labels")
-        if isinstance(logits, Tensor) and _are_classes(labels) and labels.shape == logits.shape[:-1]:
-            if getattr(model, "shift_labels", False):  # a causal language model: each predicts the next
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            return logits.movedim(-1, 1), labels
-    elif isinstance(outputs, Tensor) and outputs.ndim > 1 and isinstance(batch, (tuple, list)):
-        labels = batch[1] if len(batch) == 2 else None
-        if _are_classes(labels) and labels.shape == outputs[:, 0].shape:
-            return outputs, labels
-        if _are_probabilities(labels) and labels.shape == outputs.shape:
-            return outputs, labels
-    return None, None
-
-
-def _are_classes(labels: Any) -> TypeGuard[Tensor]:
-    return isinstance(labels, Tensor) and not labels.is_floating_point()
-
-
-def _are_probabilities(labels: Any) -> TypeGuard[Tensor]:
-    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.ndim < 2:
-        return False
-    sums = labels.sum(dim=1)  # those of a regression's targets are not 1
-    return torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 def _with_total(loss: Any, attach: Any) -> Any:

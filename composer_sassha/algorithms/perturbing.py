@@ -14,8 +14,9 @@ from composer.utils import dist
 
 from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
+from composer_sassha.algorithms.given import CUTTABLE
 from composer_sassha.common import validate
-from composer_sassha.common.batches import select, size_of
+from composer_sassha.common.batches import Indivisible
 from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import Perturbation
 
@@ -91,15 +92,17 @@ class PerturbingAlgorithm(MethodAlgorithm):
 
     def _take_part(self, state: State) -> None:
         """Replace `state.batch` by the first samples of the microbatch, without writing into it."""
-        size = size_of(state.batch)
-        if size is None:
-            raise SettingError(
-                f"{type(self).__name__}: ascent_fraction={self.ascent_fraction} is not allowed with a batch "
-                f"that is a {type(state.batch).__name__}: it must be tensors, in tuples, lists or mappings; "
-                "set ascent_fraction=1"
-            )
+        samples = wiring.samples(state)
+        size = samples.count(state.batch)
         # At least two: BatchNorm cannot normalize one sample by its own statistics.
-        state.batch = select(state.batch, slice(max(2, math.ceil(self.ascent_fraction * size))), size)
+        wanted = max(2, math.ceil(self.ascent_fraction * size))
+        try:
+            state.batch = samples.first(state.batch, wanted, size)
+        except Indivisible as error:
+            raise SettingError(
+                f"{type(self).__name__}: ascent_fraction={self.ascent_fraction} takes the first {wanted} "
+                f"samples of each microbatch, and {error}; {CUTTABLE}, or set ascent_fraction=1"
+            ) from error
 
     def _warn_if_synchronized(self, state: State) -> None:
         """Warn once if the ascent gradient is averaged although `sync_ascent` is off."""

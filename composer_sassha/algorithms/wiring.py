@@ -2,16 +2,19 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from composer.core import Event, Precision, State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from composer_sassha.algorithms.given import samples_of
 from composer_sassha.algorithms.grad_scaler import ClosureGradScaler
+from composer_sassha.common.batches import Samples, copied, writable
 from composer_sassha.common.ranks import world
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import read
@@ -32,14 +35,12 @@ class TrainerPasses(PassRunner):
         self._postponed: list[Callable[[], Any]] = []
         # Called when an exception has ended a step, to drop what algorithms keep between its passes.
         self.on_rollback: list[Callable[[], None]] = []
+        self.samples = Samples()
+        self._microbatches: Sequence[Any] | None = None  # of the running step
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False, applied: bool = True) -> Any:
         """Run one pass; see `PassRunner`. The Trainer's closure handles `sync` itself."""
-        if any(part._version != version for part, version in self._versions):
-            raise SettingError(
-                "an algorithm has written into the batch (CutMix does, into targets as large as the images), "
-                "which a second pass would see; leave it out, or use MSAM, which needs one pass"
-            )
+        self._prepare(closure)
         with contextlib.nullcontext() if applied else self._without_edits():
             return self._run(closure, sync, hidden)
 
@@ -91,9 +92,29 @@ class TrainerPasses(PassRunner):
         """Keep the batch, which an interrupted pass would replace."""
         self.model = self.state.model  # the Trainer has wrapped it for DDP since
         super().begin()
-        self._batch = self.state.batch
-        # PyTorch counts the in-place writes to a tensor in `_version`; `run` compares before every pass.
-        self._versions = [(p, p._version) for p in tree_leaves(self._batch) if isinstance(p, Tensor)]
+        self._batch, self._microbatches = self.state.batch, None
+
+    def _prepare(self, closure: Closure) -> None:
+        """Read the DataSpec, and give a pass that is one of several its own copy of the microbatches.
+
+        A model, a transform of the DataSpec or an algorithm may write into its microbatch: into a container
+        that the Trainer does not copy for each pass, or into a tensor that it does not move to the device.
+        """
+        # Composer's State leads to neither, but the variables of the Trainer's closure do.
+        closure = inspect.unwrap(closure)
+        variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        self.samples = samples_of(variables["self"].cell_contents._train_data_spec)
+        if phase(self.state) is None:
+            return
+        microbatches = variables["microbatches"]
+        if self._microbatches is None:
+            self._microbatches = microbatches.cell_contents
+        # The last pass may have the tensors themselves: nothing reads them any more, and a copy costs memory.
+        device = next(self.state.model.parameters()).device
+        last = phase(self.state) == "descent"
+        microbatches.cell_contents = copied(
+            self._microbatches, lambda t: t if last or t.device != device else writable(t)
+        )
 
     def rollback(self) -> None:
         """Restore the batch, and reset the metrics as the Trainer had done before the step."""
@@ -156,6 +177,13 @@ def phase(state: State) -> str | None:
     """Return which of a perturbed step's two passes is running: "ascent", "descent", or None."""
     (optimizer,) = state.optimizers
     return optimizer.phase if isinstance(optimizer, SharpnessAwareOptimizer) else None
+
+
+def samples(state: State) -> Samples:
+    """Return how the batches of the Trainer's loader are counted and cut; during a step."""
+    (optimizer,) = state.optimizers
+    found: Samples = optimizer.runner.samples
+    return found
 
 
 def log(state: State, logger: Logger, prefix: str, names: tuple[str, ...]) -> None:

@@ -8,7 +8,8 @@ from composer.core import DataSpec
 from composer.devices import Device
 from torch.utils.data import DistributedSampler
 
-from composer_sassha.common.batches import select, size_of
+from composer_sassha.algorithms.given import samples_of
+from composer_sassha.common.batches import Indivisible
 from composer_sassha.common.validate import SettingError
 
 
@@ -25,19 +26,25 @@ def take(data: DataSpec, batches: int | None, device: Device) -> list[tuple[Any,
         device: the Trainer's device.
 
     Raises:
-        SettingError: a batch has no tensor to count samples by.
+        SettingError: the samples of a batch cannot be counted, or the repeated ones not left out.
     """
     taken: list[tuple[Any, int]] = []
+    samples = samples_of(data)
     left = _own(data.dataloader)
     for batch in islice(iter(data.dataloader), batches):
         batch = data.microbatch_transforms(device.batch_to_device(data.batch_transforms(batch)))
-        count = size_of(batch)
-        if not count:
-            raise SettingError("sharpness: a batch has no tensor with samples in it; use another loader")
-        own = min(count, left)
+        try:
+            count = samples.count(batch)
+            if count < 1 or count != int(count):
+                raise Indivisible(f"their number is {count}")
+            own = min(int(count), left)
+            batch = samples.first(batch, own or int(count), count)
+        except Indivisible as error:
+            raise SettingError(
+                f"sharpness: the samples of a batch cannot be counted or cut: {error}; give the loader a "
+                "DataSpec with get_num_samples_in_batch and split_batch"
+            ) from error
         left -= own
-        if 0 < own < count:
-            batch = select(batch, slice(own), count)
         if own or not taken:
             taken.append((batch, own))
     return taken

@@ -10,9 +10,10 @@ from composer.core import Callback, DataSpec, Event, State, Time, ensure_data_sp
 from composer.loggers import Logger
 from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
 
+from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
-from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.batches import Samples, unwrapped
 from composer_sassha.common.ranks import world
 from composer_sassha.common.sharding import is_sharded
 from composer_sassha.common.snapshot import Snapshot
@@ -98,6 +99,7 @@ class SharpnessMonitor(Callback):
             ) from error
         self.spectra: dict[int, Spectrum] = {}
         self._taken: list[tuple[Any, int]] = []
+        self._cut = Samples()
         self._measured_at: int | None = None
 
     def __repr__(self) -> str:
@@ -125,10 +127,14 @@ class SharpnessMonitor(Callback):
             device = next(state.model.parameters()).device
             before = Snapshot(None, {device})
             try:
-                self._taken = take(self._data(state), self.batches, state.device)
+                data = self._data(state)
+                self._taken, self._cut = take(data, self.batches, state.device), samples_of(data)
             finally:
                 before.restore()  # iterating a loader draws a seed for its workers
-        objective_of(state.model, self._taken)  # raises now, before the training, if it cannot be measured
+        # Raises now, before the training, if it cannot be measured.
+        objective = objective_of(state.model, self._taken, cut=self._cut)
+        for m in self.measures.m:
+            objective.groups(m)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Measure if a measurement is due."""
@@ -191,4 +197,4 @@ class SharpnessMonitor(Callback):
                 # Each rank has BatchNorm statistics of its own; the measures must be of one function.
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
-            yield objective_of(model, self._taken, deadline, world())
+            yield objective_of(model, self._taken, deadline, world(), self._cut)

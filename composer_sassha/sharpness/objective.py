@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composer_sassha.common.batches import select, unwrapped
+from composer_sassha.common.batches import Indivisible, Samples, copied, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks, sharing
 from composer_sassha.common.side_effects import SideEffects
@@ -46,6 +46,7 @@ class Objective:
         tick: called before each evaluation. Default: does nothing.
         alone: returns a context that undoes what an evaluation of one batch leaves behind in the model.
             Default: does nothing.
+        cut: how to divide a batch. Default: along the first dimension.
 
     Raises:
         SettingError: no parameter requires a gradient, a parameter is less precise than float32, or there is
@@ -66,10 +67,12 @@ class Objective:
         process_group: Given = None,
         tick: Callable[[], None] = lambda: None,
         alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        cut: Samples = Samples(),  # noqa: B008  # frozen
     ) -> None:
         trained = {name: p for name, p in params.items() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
-        self.loss_of, self.batches, self.tick, self.alone = loss, list(batches), tick, alone
+        self.loss_of, self.batches, self.tick = loss, list(batches), tick
+        self.alone, self.cut = alone, cut
         self.ranks: Ranks = given_ranks("sharpness", process_group) or ALONE
         if not self.params:
             raise SettingError("sharpness: no parameter requires a gradient; unfreeze some")
@@ -131,19 +134,30 @@ class Objective:
             start = 0
             while start < count:
                 taken = min(missing, count - start)
-                groups[-1].append((select(batch, slice(start, start + taken), count), taken))
+                groups[-1] += self._part(batch, start, start + taken, count)
                 start, missing = start + taken, missing - taken
                 if not missing:
                     groups.append([])
                     missing = m
         params = dict(zip(self.names, self.params, strict=True))
-        return [Objective(params, self.loss_of, group, alone=self.alone) for group in groups[:-1]]
+        return [
+            Objective(params, self.loss_of, group, alone=self.alone, cut=self.cut) for group in groups[:-1]
+        ]
+
+    def _part(self, batch: Any, start: int, stop: int, count: int) -> list[tuple[Any, int]]:
+        try:
+            return self.cut.parts(batch, start, stop, count)
+        except Indivisible as error:
+            raise SettingError(
+                f"sharpness: m-sharpness divides batches, and {error}; leave it out with Measures(m=()), or "
+                "give the loader a DataSpec whose split_batch makes microbatches of it"
+            ) from error
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
         for device in {p.device for p in self.params if p.device.type == "cuda"}:
             torch.cuda.default_generators[device.index].manual_seed(_SEED)
-        return self.loss_of(batch)
+        return self.loss_of(copied(batch))  # the model may edit its batch
 
     def _gradient(self, batch: Any) -> Tensor:
         with torch.enable_grad(), without_hooks(self.params):
@@ -182,6 +196,7 @@ def objective_of(
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
     process_group: Given = None,
+    cut: Samples = Samples(),  # noqa: B008  # frozen
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.
 
@@ -192,6 +207,7 @@ def objective_of(
         tick: see `Objective`.
         process_group: see `Objective`; False: this process's batches alone. Default: the process group of a
             model wrapped for data-parallel training, else False.
+        cut: see `Objective`.
     """
     inner, ranks = unwrapped(model), given_ranks("sharpness", process_group) or sharing(None, model)
     effects = SideEffects(inner)
@@ -211,6 +227,7 @@ def objective_of(
         ranks,
         tick,
         alone,
+        cut,
     )
 
 

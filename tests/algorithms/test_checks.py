@@ -1,7 +1,5 @@
 """Wrong combinations fail at construction or at the Trainer's start, in one line that says what to do."""
 
-from types import SimpleNamespace
-
 import composer.algorithms
 import pytest
 import torch
@@ -172,11 +170,6 @@ def test_bad_hyperparameters_fail_at_construction(build):
     with pytest.raises((ValueError, TypeError), match="is not allowed") as error:
         build()
     assert "\n" not in str(error.value)
-
-
-def test_a_partial_ascent_needs_a_batch_that_can_be_cut():
-    with pytest.raises(ValueError, match=r"ascent_fraction=0.5 is not allowed .* is a str: .*; set ascent_"):
-        SAM(ascent_fraction=0.5)._take_part(SimpleNamespace(batch="words"))
 
 
 def test_an_optimizer_that_the_user_wrapped_is_not_wrapped_again():

@@ -185,8 +185,8 @@ def test_an_exception_while_it_measures_leaves_the_model_as_it_was(when, monkeyp
     model = done.state.model
     plain = module.objective_of
 
-    def failing(*arguments):
-        objective = plain(*arguments)
+    def failing(*arguments, **settings):
+        objective = plain(*arguments, **settings)
         loss = objective.loss_of
 
         def loss_of(batch):
