@@ -21,7 +21,7 @@ HESSIAN_SCALE_MAX = 2.0**15
 FAILURES_ALLOWED = 10
 
 # Warn where a step divides more than this fraction of its entries by eps alone.
-ZEROS_ALLOWED = 0.05
+ZEROS_ALLOWED = 0.1
 
 
 class Outcome(Enum):
@@ -107,8 +107,10 @@ class RefreshPolicy:
             self.failed += 1
             metrics["failed_refreshes"] = self.failed
             self._back_off(scaler, refreshes)
+            if not refreshes:
+                return Outcome.SKIPPED
             self._look_for_zeros(rule, metrics)
-            return Outcome.KEPT if refreshes else Outcome.SKIPPED
+            return Outcome.KEPT
         self._failed_in_a_row = 0
         if scaler is not None:
             self._grow(scaler)
