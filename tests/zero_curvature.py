@@ -1,6 +1,6 @@
 """Measures guards against a curvature of exactly zero: the tables in yamls/RESULTS.md.
 
-    python -m tests.zero_curvature [--tasks mlp32,resnet8_noise] [--seeds 0,1] [--cifar ~/data/cifar10-jpeg]
+    python -m tests.zero_curvature [--tasks mlp32,resnet8_noise] [--seeds 0,1] [--lr 0.03] [--cifar FOLDER]
 
 Each task is trained by `Sassha` and `Sassha.lean`: with the published rule, with a floor under the curvature,
 and with a bound on every entry of the step before it is multiplied by the learning rate. `_noise` draws 40 %
@@ -99,13 +99,15 @@ def network(task: str) -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(128, 10))
 
 
-def accuracy(task: str, lean: bool, seed: int, cifar: str, floor: float = 0.0, clip: float = 0.0) -> float:
+def accuracy(
+    task: str, lean: bool, seed: int, given: argparse.Namespace, floor: float = 0.0, clip: float = 0.0
+) -> float:
     """Return the held-out accuracy in percent; NaN if the weights have ended as such."""
     torch.manual_seed(seed)
     _, epochs, lr, decay, rho, scheduled = TASKS[task]
-    train, test = loaders(task, seed, cifar)
+    train, test = loaders(task, seed, given.cifar)
     net = network(task)
-    rule = (Clipped if clip else SASSHA)(net.parameters(), lr, weight_decay=decay)
+    rule = (Clipped if clip else SASSHA)(net.parameters(), given.lr or lr, weight_decay=decay)
     rule.clip = clip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -135,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--lr", type=float, help="in place of the task's own")
     parser.add_argument("--cifar", default="~/data/cifar10-jpeg")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,7 +146,7 @@ def main() -> None:
         for lean in (False, True):
             cells = []
             for guard in GUARDS.values():
-                found = [accuracy(task, lean, int(s), given.cifar, **guard) for s in given.seeds.split(",")]
+                found = [accuracy(task, lean, int(s), given, **guard) for s in given.seeds.split(",")]
                 cells.append(f"{statistics.mean(found):.1f} ({min(found):.1f})")
             print(
                 f"| `{task}` | `{'Sassha.lean' if lean else 'Sassha'}` |", " | ".join(cells), "|", flush=True
