@@ -26,7 +26,7 @@ _ESTIMATING = frozenset((Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD, Event.B
 _EVALUATING = frozenset((Event.AFTER_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS))
 
 # The metrics to log, under the prefix "hessian".
-LOGGED = ("mean_abs", "negative_fraction", "refreshes", "failed_refreshes", "skipped_steps")
+LOGGED = ("mean_abs", "negative_fraction", "zero_fraction", "refreshes", "failed_refreshes", "skipped_steps")
 
 
 class LazyHessian(MethodAlgorithm):
@@ -52,9 +52,11 @@ class LazyHessian(MethodAlgorithm):
     With a `batch_fraction` below 1, the estimate is taken on the first samples of each rank's batch. A
     microbatch that is partly among them is evaluated again on those samples.
 
-    Logs `hessian/mean_abs`, `hessian/negative_fraction` and `hessian/refreshes` on refresh steps,
-    `hessian/failed_refreshes` if the estimate was not finite, and `hessian/skipped_steps` on skipped steps;
-    the last two count from the start of the process.
+    Logs on refresh steps `hessian/mean_abs`, `hessian/negative_fraction`, `hessian/refreshes`, and with
+    SASSHA and AdaHessian `hessian/zero_fraction`: of the entries that the step moves, the fraction that is
+    divided by `eps` alone because its curvature is exactly zero. Logs `hessian/failed_refreshes` if the
+    estimate was not finite, and `hessian/skipped_steps` on skipped steps; these two count from the start of
+    the process.
 
     Args:
         interval: steps between refreshes, >= 1. Default: 10.
@@ -62,6 +64,8 @@ class LazyHessian(MethodAlgorithm):
         samples: probes, or draws of labels, per microbatch, >= 1; 1 with 'empirical_fisher'. Default: 1.
         seed: determines the draws, >= 0. Default: 0.
         batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
+        floor: the smallest magnitude of an entry of the estimate, as a fraction of the mean magnitude in its
+            tensor, in [0, 1]; 0.01 where the curvature of many weights is exactly zero. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -69,7 +73,7 @@ class LazyHessian(MethodAlgorithm):
 
     Example:
         >>> LazyHessian(interval=5)
-        LazyHessian(interval=5, estimator='hutchinson', samples=1, seed=0, batch_fraction=1.0)
+        LazyHessian(interval=5, estimator='hutchinson', samples=1, seed=0, batch_fraction=1.0, floor=0.0)
     """
 
     # After the algorithms that change the loss on BEFORE_BACKWARD (MixUp, CutMix): the Hessian must be that
@@ -83,8 +87,11 @@ class LazyHessian(MethodAlgorithm):
         samples: int = 1,
         seed: int = 0,
         batch_fraction: float = 1.0,
+        floor: float = 0.0,
     ) -> None:
-        self.curvature: LazyCurvature = LazyCurvature(interval, estimator, samples, seed, batch_fraction)
+        self.curvature: LazyCurvature = LazyCurvature(
+            interval, estimator, samples, seed, batch_fraction, floor
+        )
         self._batch_size: float | None = None
         self._hook: Any = None  # on the coming forward
         self._forget()

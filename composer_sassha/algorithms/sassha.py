@@ -36,6 +36,7 @@ class _Both(MethodAlgorithm):
             "seed": curvature.seed,
             "estimator": curvature.estimator,
             "batch_fraction": curvature.batch_fraction,
+            "floor": curvature.floor,
             **{name: value for name, value in own.items() if name in ("sync_ascent", "ascent_fraction")},
         }
 
@@ -69,6 +70,7 @@ class Sassha(_Both):
         estimator: of the Hessian, see `LazyHessian`. Default: 'hutchinson'.
         batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
         ascent_fraction: the fraction of each microbatch that gives the gradient at w, see `SAM`. Default: 1.
+        floor: the smallest magnitude of the estimate, see `LazyHessian`. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -77,7 +79,7 @@ class Sassha(_Both):
     Example:
         >>> Sassha(rho=0.1)
         Sassha(rho=0.1, interval=1, hessian_interval=10, samples=1, seed=0, sync_ascent=False,
-               estimator='hutchinson', batch_fraction=1.0, ascent_fraction=1.0)
+               estimator='hutchinson', batch_fraction=1.0, ascent_fraction=1.0, floor=0.0)
     """
 
     def __init__(
@@ -91,15 +93,19 @@ class Sassha(_Both):
         estimator: str = "hutchinson",
         batch_fraction: float = 1.0,
         ascent_fraction: float = 1.0,
+        floor: float = 0.0,
     ) -> None:
         super().__init__(
             SAM(rho, interval, sync_ascent, ascent_fraction=ascent_fraction),
-            LazyHessian(hessian_interval, estimator, samples, seed, batch_fraction),
+            LazyHessian(hessian_interval, estimator, samples, seed, batch_fraction, floor),
         )
 
     @classmethod
     def lean(cls, rho: float = 0.2, **others: Any) -> "Sassha":
         """Return a cheaper SASSHA, which perturbs along a fifth of the batch and refreshes half as often.
+
+        A quarter of the batch leaves the curvature of many weights at exactly zero, where the published rule
+        divides by `eps` alone. The preset's `floor` prevents that.
 
         Args:
             rho: radius of the perturbation, >= 0. Default: 0.2.
@@ -111,9 +117,9 @@ class Sassha(_Both):
         Example:
             >>> Sassha.lean()
             Sassha(rho=0.2, interval=1, hessian_interval=20, samples=1, seed=0, sync_ascent=False,
-                   estimator='hutchinson', batch_fraction=0.25, ascent_fraction=0.2)
+                   estimator='hutchinson', batch_fraction=0.25, ascent_fraction=0.2, floor=0.01)
         """
-        preset = {"hessian_interval": 20, "batch_fraction": 0.25, "ascent_fraction": 0.2}
+        preset = {"hessian_interval": 20, "batch_fraction": 0.25, "ascent_fraction": 0.2, "floor": 0.01}
         return cls(rho, **preset | others)
 
 
@@ -132,6 +138,7 @@ class MSassha(_Both):
         seed: determines the probes, >= 0. Default: 0.
         estimator: of the Hessian, see `LazyHessian`. Default: 'hutchinson'.
         batch_fraction: the fraction of the batch to estimate on, in (0, 1]. Default: 1.
+        floor: the smallest magnitude of the estimate, see `LazyHessian`. Default: 0.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed; at the Trainer's start, a combination that is
@@ -140,7 +147,7 @@ class MSassha(_Both):
     Example:
         >>> MSassha(rho=0.3)
         MSassha(rho=0.3, interval=1, hessian_interval=10, samples=1, seed=0,
-                estimator='hutchinson', batch_fraction=1.0)
+                estimator='hutchinson', batch_fraction=1.0, floor=0.0)
     """
 
     def __init__(
@@ -152,7 +159,9 @@ class MSassha(_Both):
         seed: int = 0,
         estimator: str = "hutchinson",
         batch_fraction: float = 1.0,
+        floor: float = 0.0,
     ) -> None:
         super().__init__(
-            MSAM(rho, interval), LazyHessian(hessian_interval, estimator, samples, seed, batch_fraction)
+            MSAM(rho, interval),
+            LazyHessian(hessian_interval, estimator, samples, seed, batch_fraction, floor),
         )

@@ -277,7 +277,7 @@ class Estimation:
                 f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
-        return self._sum.average(of_a_part=self.settings.batch_fraction < 1)
+        return self._sum.average(self.settings.batch_fraction < 1, self.settings.floor)
 
     def forget(self) -> None:
         """Drop the estimate: the loss may be kept for its value, and with it this object."""

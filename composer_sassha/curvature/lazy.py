@@ -21,6 +21,9 @@ class LazyCurvature:
         seed: of the draws; with the step, the rank and the microbatch it determines them. Default: 0.
         batch_fraction: the share of each rank's batch, its first samples, to estimate on, in (0, 1].
             Default: 1.
+        floor: the smallest magnitude that an entry of the estimate may have, as a fraction of the mean
+            magnitude in its tensor (of all entries where the tensor's is 0), in [0, 1]. Above 0 it keeps
+            update rules from dividing by a curvature of exactly zero. Default: 0, as published.
 
     Raises:
         TypeError, ValueError: an argument that is not allowed.
@@ -35,6 +38,7 @@ class LazyCurvature:
     samples: int = 1
     seed: int = 0
     batch_fraction: float = 1.0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -42,6 +46,7 @@ class LazyCurvature:
         validate.integer("LazyHessian", "samples", self.samples, low=1)
         validate.integer("LazyHessian", "seed", self.seed, low=0)
         validate.fraction("LazyHessian", "batch_fraction", self.batch_fraction)
+        validate.number("LazyHessian", "floor", self.floor, low=0, high=1)
         if self.estimator not in list(ESTIMATORS):
             raise ValueError(
                 f"LazyHessian: estimator={self.estimator!r} is not allowed; allowed: {', '.join(ESTIMATORS)}"

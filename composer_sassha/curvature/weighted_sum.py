@@ -48,11 +48,14 @@ class WeightedSum:
             torch._foreach_add_([entries[i] for i in own], list(diagonals))
             torch._foreach_add_([uses] if len(own) == len(uses) else [uses[i] for i in own], 1)
 
-    def average(self, of_a_part: bool) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
+    def average(
+        self, of_a_part: bool, floor: float = 0.0
+    ) -> tuple[Mapping[Tensor, Tensor] | None, dict[str, float]]:
         """Average the sum over the ranks; once.
 
         Args:
             of_a_part: not all samples were estimated on; they count as if they were the whole batch.
+            floor: see `LazyCurvature`.
 
         Returns:
             The diagonal by parameter, without those that the pass did not use, or None if it is not finite;
@@ -74,8 +77,21 @@ class WeightedSum:
         magnitude, negative, number, *used = torch.cat([sums, counts]).tolist()
         if not math.isfinite(magnitude):
             return None, {}
+        if floor:
+            self._raise(diagonal, floor)
         measured = {p: h for p, h, count in zip(self._params, diagonal, used, strict=True) if count > 0}
         return measured, {"mean_abs": magnitude / number, "negative_fraction": negative / number}
+
+    def _raise(self, diagonal: Sequence[Tensor], floor: float) -> None:
+        """Raise every magnitude to `floor` times the mean magnitude in its tensor, in place."""
+        magnitudes = torch.stack(torch._foreach_norm(list(diagonal), 1))
+        if self._shards is not None:
+            dist.all_reduce(magnitudes, group=self._shards.group)
+        sizes = magnitudes.new_tensor([p.numel() for p in self._params])  # of sharded parameters, all parts
+        # A tensor of zeros alone says nothing about its scale: an expert that no sample has reached.
+        means = torch.where(magnitudes > 0, magnitudes / sizes, magnitudes.sum() / sizes.sum())
+        for h, least in zip(diagonal, means * floor, strict=True):
+            h.copy_(torch.where(h < 0, h.clamp(max=-least), h.clamp(min=least)))
 
     def _split(self) -> tuple[list[Tensor], Tensor]:
         entries = self._total.numel() - len(self._parts)

@@ -37,7 +37,8 @@ class AdaHessian(BiasCorrectedOptimizer):
 
     The state of float16 and bfloat16 parameters is float32, also after `load_state_dict`, and their update is
     computed in float32 and rounded once. A parameter without any estimate yet, while others have one (a
-    branch that the last refresh did not use), accumulates momentum and does not move.
+    branch that the last refresh did not use), accumulates momentum and does not move. An entry whose v is
+    exactly zero is divided by `eps` alone; the `floor` of `LazyCurvature` and `LazyHessian` prevents that.
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.

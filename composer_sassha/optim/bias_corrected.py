@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from composer_sassha.common.sharding import local, shards_of
 from composer_sassha.optim.second_order import SecondOrderOptimizer, kept
 
 
@@ -19,6 +21,28 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
         """Return the exponent of the corrected average of the estimates."""
         power: float = group["hessian_power"]
         return power
+
+    @torch.no_grad()
+    def zero_fraction(self) -> float:
+        """Return the fraction of the entries that the coming step moves that it divides by `eps` alone.
+
+        These have a gradient, or had one before, and an average of the estimates of exactly zero.
+        """
+        moving = [p for p in self._params() if p.grad is not None]
+        params = [p for p in moving if self.state.get(p, {}).get("hessian_step")]
+        states, counts = [self.state[p] for p in params], []
+        for grad, m, h in zip(
+            local(p.grad for p in params), kept(states, "exp_avg"), kept(states, self._average), strict=True
+        ):
+            moved = (grad != 0) | (m != 0)
+            counts.append(torch.stack([(moved & (h == 0)).sum(), moved.sum()]))
+        if not counts:
+            return 0.0
+        total = torch.stack([count.to(counts[0].device) for count in counts]).sum(dim=0)
+        if (shards := shards_of(params)) is not None:
+            dist.all_reduce(total, group=shards.group)
+        zero, moved = total.tolist()
+        return zero / moved if moved else 0.0
 
     def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         averages, ages = kept(states, self._average), [state["hessian_step"] for state in states]

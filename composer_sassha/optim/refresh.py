@@ -21,6 +21,9 @@ HESSIAN_SCALE_MAX = 2.0**15
 # Abort after this many failed refreshes before the first success; each one skips its step.
 FAILURES_ALLOWED = 10
 
+# Warn where a step divides more than this fraction of its entries by eps alone.
+ZEROS_ALLOWED = 0.1
+
 
 class Outcome(Enum):
     """What a step does with the Hessian."""
@@ -44,6 +47,7 @@ class RefreshPolicy:
         self.failed = 0  # since this process began
         self._looked = False  # for what the estimator cannot work with
         self._failed_in_a_row = 0
+        self._warned_of_zeros = False
 
     def set_curvature(self, curvature: LazyCurvature | None) -> None:
         """Choose how the diagonal is estimated, and how often; None: never."""
@@ -102,13 +106,17 @@ class RefreshPolicy:
             self.failed += 1
             metrics["failed_refreshes"] = self.failed
             self._back_off(scaler, refreshes)
-            return Outcome.KEPT if refreshes else Outcome.SKIPPED
+            if not refreshes:
+                return Outcome.SKIPPED
+            self._look_for_zeros(rule, metrics)
+            return Outcome.KEPT
         self._failed_in_a_row = 0
         if scaler is not None:
             self._grow(scaler)
         rule.update_curvature(diagonal)
         self.counters.update(last_refresh=self.counters["steps_taken"], refreshes=refreshes + 1)
         metrics.update(found, refreshes=refreshes + 1)
+        self._look_for_zeros(rule, metrics)
         return Outcome.APPLIED
 
     def end(self) -> None:
@@ -117,6 +125,21 @@ class RefreshPolicy:
             self._looked |= self.estimation.looked
             self.estimation.forget()
             self.estimation = None
+
+    def _look_for_zeros(self, rule: Any, metrics: dict[str, Any]) -> None:
+        """Log the fraction of the step that is divided by eps alone, and warn once if it is large."""
+        if not hasattr(rule, "zero_fraction"):
+            return
+        # A read-back, right after the estimate's own.
+        fraction = metrics["zero_fraction"] = rule.zero_fraction()
+        if fraction > ZEROS_ALLOWED and not self._warned_of_zeros:
+            self._warned_of_zeros = True
+            warnings.warn(
+                f"{type(rule).__name__}: {fraction:.0%} of the entries that the step moves have a curvature "
+                "of exactly zero and are divided by eps alone, which can ruin the training; pass floor=0.01 "
+                "to Sassha, MSassha, LazyHessian or LazyCurvature, or take a larger eps",
+                stacklevel=6,
+            )
 
     def _back_off(self, scaler: GradScaler | None, refreshes: int) -> None:
         if (scale := self._scale(scaler)) > 1:

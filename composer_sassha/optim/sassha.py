@@ -29,7 +29,8 @@ class SASSHA(BiasCorrectedOptimizer):
 
     The state of float16 and bfloat16 parameters is float32, also after `load_state_dict`, and their update is
     computed in float32 and rounded once. A parameter without any estimate yet, while others have one (a
-    branch that the last refresh did not use), accumulates momentum and does not move.
+    branch that the last refresh did not use), accumulates momentum and does not move. An entry whose D is
+    exactly zero is divided by `eps` alone; the `floor` of `LazyCurvature` and `Sassha` prevents that.
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.

@@ -5,12 +5,12 @@ import torch
 from composer.algorithms import MixUp
 from composer.core import Event
 from composer.loggers import InMemoryLogger
-from composer.models import ComposerModel
+from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from composer_sassha import SASSHA, LazyHessian, MSassha, Sassha
-from tests.helpers import Spy, images, network, trainer
+from tests.helpers import Spy, digits, images, network, trainer
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -140,8 +140,9 @@ def test_the_lean_preset_ascends_and_estimates_on_less():
     """In 40 steps 2 refreshes, and in each of them an ascent with a fifth of the batch of 10."""
     sizes, refreshes = [], []
     lean = Sassha.lean(0.1, seed=3)
-    assert lean.settings() == Sassha(0.1, 1, 20, seed=3, batch_fraction=0.25, ascent_fraction=0.2).settings()
-    assert Sassha.lean(interval=2, batch_fraction=1.0).settings() == (
+    preset = {"batch_fraction": 0.25, "ascent_fraction": 0.2, "floor": 0.01}
+    assert lean.settings() == Sassha(0.1, 1, 20, seed=3, **preset).settings()
+    assert Sassha.lean(interval=2, batch_fraction=1.0, floor=0.0).settings() == (
         Sassha(0.2, 2, 20, ascent_fraction=0.2).settings()
     )
 
@@ -163,3 +164,48 @@ def test_the_lean_preset_ascends_and_estimates_on_less():
     run.close()
     assert sizes == [2, 10] * 40
     assert refreshes == [1] * 20 + [2] * 20
+
+
+def with_zero_curvature(algorithm, duration, **settings):
+    """Digits, ReLU and Dropout: the curvature of many weights is exactly zero, their gradient is not."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 128), nn.ReLU(), nn.Dropout(0.5)]
+    x, y = digits(1797).tensors
+    x = x.double().flatten(1)
+    run = trainer(
+        lambda params: SASSHA(params, lr=0.01),
+        [algorithm],
+        model=ComposerClassifier(nn.Sequential(*layers, nn.Linear(128, 10)), num_classes=10),
+        dataset=TensorDataset(x[:1437], y[:1437]),
+        batch_size=64,
+        max_duration=duration,
+        **settings,
+    )
+    return run, x[1437:], y[1437:]
+
+
+def test_the_lean_preset_trains_where_much_curvature_is_zero():
+    run, x, y = with_zero_curvature(Sassha.lean(), "6ep")
+    run.fit()
+    run.close()
+    assert (run.state.model.module.eval()(x).argmax(1) == y).double().mean() > 0.85
+
+
+def test_zero_curvature_is_logged_and_warned_of_once():
+    log = InMemoryLogger()
+    run, *_ = with_zero_curvature(Sassha.lean(hessian_interval=1, floor=0.0), "1ba", loggers=[log])
+    with pytest.warns(UserWarning, match=r"^SASSHA: \d+% of the entries .* pass floor=0.01 to") as caught:
+        run.fit()
+    states = run.state.optimizers[0].state.values()
+    moved, zero = (
+        sum(mask(state).sum().item() for state in states)
+        for mask in (
+            lambda state: state["exp_avg"] != 0,
+            lambda state: (state["exp_avg"] != 0) & (state["exp_hessian"] == 0),
+        )
+    )
+    ((_, logged),) = log.data["hessian/zero_fraction"]
+    assert logged == zero / moved > 0.1
+    run.fit(duration="1ba")
+    run.close()
+    assert len(log.data["hessian/zero_fraction"]) == 2 and len(caught) == 1

@@ -177,11 +177,28 @@ def test_an_estimate_that_is_not_finite_is_reported_as_none():
         ("batch_fraction", 0),
         ("batch_fraction", 1.5),
         ("batch_fraction", "half"),
+        ("floor", -0.1),
+        ("floor", 1.5),
+        ("floor", None),
     ],
 )
 def test_bad_arguments_are_refused_by_name(argument, value):
     with pytest.raises((ValueError, TypeError), match=f"LazyHessian: {argument}="):
         LazyCurvature(**{argument: value})
+
+
+def test_the_floor_raises_magnitudes_to_a_fraction_of_their_tensors_mean():
+    a = torch.tensor([6.0, -2.0, 0.0, -0.0, 0.5, -0.5], dtype=torch.float64)
+    w, flat, unused = (nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (6, 2, 3))
+    # The mean magnitudes are 1.5 and 0; that of all 11 entries is 9 / 11.
+    for floor, raised, zeros in ((0.4, [6, -2, 0.6, 0.6, 0.6, -0.6], 0.4 * 9 / 11), (0.0, a.tolist(), 0)):
+        estimation = Estimation(LazyCurvature(floor=floor), [w, flat, unused], step=0)
+        estimation.attach((a * w**2).sum() / 2 + flat.sum()).backward()
+        diagonal, metrics = estimation.finish()
+        assert {*diagonal} == {w, flat}
+        assert diagonal[w].tolist() == pytest.approx(raised, rel=1e-15)
+        assert diagonal[flat].tolist() == pytest.approx([zeros] * 2, rel=1e-15)
+        assert metrics == {"mean_abs": 9 / 11, "negative_fraction": 2 / 11}  # before the floor
 
 
 def test_samples_of_an_estimator_that_draws_nothing_are_refused():

@@ -72,7 +72,7 @@ def curvature_agrees(estimator: str, rho: float) -> None:
         # a root would magnify the rounding of differences near 0
         lambda params: SASSHA(params, lr=0.1, eps=1e-2, hessian_power=1.0),
         [
-            LazyHessian(2, estimator=estimator, samples=2),
+            LazyHessian(2, estimator=estimator, samples=2, floor=0.3),
             *([SAM(rho, sync_ascent=True)] if rho else []),
         ],
         model=model,
@@ -140,7 +140,8 @@ def curvature_agrees(estimator: str, rho: float) -> None:
                 count = sum(len(x) for x, _ in shards)
                 part = diagonal(displaced, step, number, shards)
                 h = {n: h[n] + count / 22 * part[n] for n in w}
-            d = {n: 0.999 * d[n] + 0.001 * h[n].abs() for n in w}
+            h = {n: v.abs().clamp(min=0.3 * v.abs().mean()) for n, v in h.items()}
+            d = {n: 0.999 * d[n] + 0.001 * h[n] for n in w}
             correction = 1 - 0.999 ** (step + 1)
         m = {n: 0.9 * m[n] + 0.1 * g_hat[n] for n in w}
         rate = 0.1 / (1 - 0.9 ** (step + 1))
@@ -255,6 +256,16 @@ def gradients_that_are_not_averaged_are_refused() -> None:
         raise AssertionError("nothing was said")
 
 
+def zeros_are_counted_on_all_ranks() -> None:
+    model = fully_shard(nn.Linear(4, 3, bias=False))
+    (p,) = model.parameters()
+    p.grad = torch.ones_like(p)
+    rule = SASSHA([p])
+    (part,) = local([p])
+    rule.update_curvature({p: torch.full_like(part, dist.get_global_rank())})
+    assert rule.zero_fraction() == 2 / 3  # rank 0 holds two of the three rows
+
+
 def blocks_that_shards_would_cut_are_refused() -> None:
     model = fully_shard(nn.Linear(6, 6))
     try:
@@ -291,6 +302,7 @@ OTHERS = [
     a_mesh_of_one_rank_agrees,
     an_exception_in_the_second_evaluation,
     gradients_that_are_not_averaged_are_refused,
+    zeros_are_counted_on_all_ranks,
     blocks_that_shards_would_cut_are_refused,
     a_plain_loop_needs_the_model,
 ]

@@ -346,3 +346,17 @@ def test_a_hyperparameter_that_a_state_lacks_takes_its_default(rule):
     optimizer.param_groups[0]["weight_decay"] = 0.5
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["weight_decay"] == optimizer.defaults["weight_decay"]
+
+
+@pytest.mark.parametrize("rule", [SASSHA, AdaHessian])
+def test_the_zero_fraction_is_that_of_the_entries_that_a_step_moves(rule):
+    p, waiting, idle, unmeasured = (nn.Parameter(torch.ones(n)) for n in (4, 2, 2, 2))
+    optimizer = rule([p, waiting, idle, unmeasured])
+    assert optimizer.zero_fraction() == 0.0
+    curvature = {p: torch.tensor([0.0, 1.0, 0.0, 0.0]), waiting: torch.zeros(2), idle: torch.zeros(2)}
+    for grad in ([1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]):  # the first entry has momentum then
+        p.grad, idle.grad, unmeasured.grad = torch.tensor(grad), torch.zeros(2), torch.ones(2)
+        optimizer.update_curvature(curvature)
+        found = optimizer.zero_fraction()
+        optimizer.step()
+    assert found == pytest.approx(2 / 3)
