@@ -103,6 +103,8 @@ class TrainerPasses(PassRunner):
         # Composer's State leads to neither, but the variables of the Trainer's closure do.
         closure = inspect.unwrap(closure)
         variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        if not {"self", "microbatches"} <= variables.keys():
+            return  # a Trainer with a closure of its own
         self.samples = samples_of(variables["self"].cell_contents._train_data_spec)
         if phase(self.state) is None:
             return

@@ -23,8 +23,8 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
         return power
 
     @torch.no_grad()
-    def zero_fraction(self) -> float:
-        """Return the fraction of the entries that the coming step moves that it divides by `eps` alone.
+    def zero_fraction(self) -> Tensor:
+        """Return the fraction, of the entries that the coming step moves, that it divides by `eps` alone.
 
         These have a gradient, or had one before, and an average of the estimates of exactly zero.
         """
@@ -37,12 +37,12 @@ class BiasCorrectedOptimizer(SecondOrderOptimizer):
             moved = (grad != 0) | (m != 0)
             counts.append(torch.stack([(moved & (h == 0)).sum(), moved.sum()]))
         if not counts:
-            return 0.0
+            return torch.zeros(())
         total = torch.stack([count.to(counts[0].device) for count in counts]).sum(dim=0)
         if (shards := shards_of(params)) is not None:
             dist.all_reduce(total, group=shards.group)
-        zero, moved = total.tolist()
-        return zero / moved if moved else 0.0
+        zero, count = total.to(torch.float64)
+        return torch.div(zero, count.clamp(min=1))
 
     def _denominators(self, states: list[dict[str, Any]], group: dict[str, Any]) -> list[Tensor]:
         averages, ages = kept(states, self._average), [state["hessian_step"] for state in states]

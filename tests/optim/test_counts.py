@@ -80,7 +80,8 @@ def counted(perturbation, step=2, **settings):
     optimizer, take = stepper(perturbation, **settings)
     for _ in range(step):
         take()
-    optimizer.watch._warned_of_norm = True  # it looks at once only at what is on the host already
+    # These look at once only at what is on the host already.
+    optimizer.watch._warned_of_norm = optimizer.refresh._warned_of_zeros = True
     with Calls() as calls, Operations() as operations:
         take()
     assert optimizer.steps_taken == step + 1
