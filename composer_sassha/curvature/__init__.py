@@ -1,5 +1,6 @@
 """Estimators of the Hessian's diagonal, their random probes, and the lazy refresh. Plain PyTorch."""
 
+from composer_sassha.curvature.by_parts import differentiable_twice
 from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.estimation import Estimation
 from composer_sassha.curvature.estimators import ESTIMATORS, Evaluation
@@ -16,6 +17,7 @@ __all__ = [
     "Evaluation",
     "LazyCurvature",
     "NormsInFloat32",
+    "differentiable_twice",
     "empirical_fisher_diagonal",
     "finite_difference_diagonal",
     "gauss_newton_diagonal",

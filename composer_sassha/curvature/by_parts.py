@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table as _table
+from torch._decomp import decomposition_table
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -127,7 +127,7 @@ def _without_cudnn(recur: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _grid_sampler(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    by_parts = _table[torch.ops.aten.grid_sampler_2d.default]
+    by_parts = _decomposed(torch.ops.aten.grid_sampler_2d.default)(kernel)
 
     def wrapped(input: Tensor, grid: Tensor, *args: Any) -> Tensor:
         return (by_parts if input.ndim == 4 else kernel)(input, grid, *args)
@@ -135,17 +135,21 @@ def _grid_sampler(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
+def _decomposed(operation: Any) -> Callable[[Any], Any]:
+    return lambda kernel: decomposition_table.get(operation, kernel)
+
+
 def _always(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda kernel: function
 
 
 # Where torch's Python code looks the kernels up, with what takes their place there.
-_REPLACEMENTS: list[tuple[Any, str, Callable[[Any], Any]]] = [
+_PLACES: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch._C._nn, "hardsigmoid", _always(_hardsigmoid)),
     (torch._C._nn, "hardsigmoid_", _always(_hardsigmoid_)),
-    (torch._C._nn, "multi_margin_loss", _always(_table[torch.ops.aten.multi_margin_loss.default])),
+    (torch._C._nn, "multi_margin_loss", _decomposed(torch.ops.aten.multi_margin_loss.default)),
     (torch, "_weight_norm", _always(_weight_norm)),
-    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _always(_weight_norm)),
+    (sys.modules.get("torch.nn.utils.weight_norm"), "_weight_norm", _always(_weight_norm)),
     (torch, "embedding_bag", _embedding_bag),
     (torch._VF, "cdist", _always(_cdist)),
     (torch, "pdist", _always(_pdist)),
@@ -153,3 +157,4 @@ _REPLACEMENTS: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch, "grid_sampler", _grid_sampler),
     *[(torch._VF, name, _without_cudnn) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")],
 ]
+_REPLACEMENTS = [place for place in _PLACES if hasattr(*place[:2])]  # they are PyTorch's own, and may move

@@ -65,6 +65,12 @@ class ParameterView:
         params = [p for p in self.all if p.grad is not None]
         return Gradient(params, everyone=self.trainable, shards=self.shard_group)
 
+    def _others(self) -> list[Tensor]:
+        """Return the model's parameters that get a gradient but are not the optimizer's."""
+        mine = set(self.all)
+        every = () if self.model is None else self.model.parameters()
+        return [p for p in every if p.requires_grad and p not in mine]
+
     def check_size(self, vector: Tensor, what: str) -> None:
         """Raise ValueError if a flat vector is not one over the trainable parameters."""
         size = sum(p.numel() for p in local(self.trainable))
@@ -99,12 +105,18 @@ class ParameterView:
         Args:
             update: over the trainable parameters.
             memory: what the step wants remembered, averaged likewise.
-            average: the update was made of this rank's own gradients: average it over the ranks.
+            average: the update was made of this rank's own gradients: average it over the ranks, and with it
+                the gradients of the model's parameters that are not the optimizer's.
         """
         if not self.trainable:
             return
         self.check_size(update, "the update that a perturbation's program returned")
-        used = [p.grad is not None for p in self.trainable]
+        params = self.trainable
+        if average and self.ranks.several and (others := self._others()):
+            # No pass was synchronized, so that theirs are not averaged either.
+            params, grads = [*params, *others], [p.grad for p in others]
+            update = torch.cat([update, flatten(grads, like=others)])
+        used = [p.grad is not None for p in params]
         if average and self.ranks.several:
             # One collective for all of it. A parameter that no rank has used stays without a gradient.
             parts = [update, update.new_tensor(used), *memory.stored.values()]
@@ -114,8 +126,8 @@ class ParameterView:
             if not all(used):  # else there is nothing to read back
                 used = [count > 0 for count in counts.tolist()]
             memory.stored = dict(zip(memory.stored, stored, strict=True))
-        pieces = unflatten(update, local(self.trainable))
-        chosen = [(p, piece) for p, piece, use in zip(self.trainable, pieces, used, strict=True) if use]
+        pieces = unflatten(update, local(params))
+        chosen = [(p, piece) for p, piece, use in zip(params, pieces, used, strict=True) if use]
         for p, _ in chosen:
             if p.grad is None:  # another rank has used it
                 p.grad = torch.empty_like(p)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from composer_sassha.curvature import Estimation, LazyCurvature
-from composer_sassha.curvature.by_parts import differentiable_twice
+from composer_sassha.curvature import Estimation, LazyCurvature, differentiable_twice
 from composer_sassha.curvature.hooks import silenceable
 from composer_sassha.optim.counters import Counters
 from composer_sassha.optim.parameters import ParameterView

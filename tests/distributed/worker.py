@@ -13,7 +13,15 @@ from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader
 
-from composer_sassha import SAM, SASSHA, ClosureGradScaler, Sassha, SharpnessAwareOptimizer
+from composer_sassha import (
+    GSAM,
+    SAM,
+    SASSHA,
+    ClosureGradScaler,
+    LazyHessian,
+    Sassha,
+    SharpnessAwareOptimizer,
+)
 from composer_sassha.algorithms.base import methods_of
 from composer_sassha.perturbations import GSAMPerturbation
 from composer_sassha.recipes.run import RankZeroBuffers
@@ -155,19 +163,20 @@ def an_overflow_on_one_rank(in_pass: int) -> None:
 
 
 def optimizer_of_the_head_alone() -> None:
-    """The rest of the model is trainable but not the optimizer's: DDP waits for its gradients too."""
-    model = network()
-    run = trainer(
-        lambda _: SASSHA(model.module[5].parameters(), lr=0.05),
-        [Sassha(rho=0.1, hessian_interval=2)],
-        model=model,
-        dataset=images(80),
-        max_duration="4ba",
-    )
-    run.fit()
-    assert_equal_on_all_ranks([*model.module.parameters()])
-    assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
-    run.close()
+    """The rest of the model is trainable but not the optimizer's: its gradients are averaged all the same."""
+    for algorithms in ([Sassha(rho=0.1, hessian_interval=2)], [GSAM(0.1, 0.1), LazyHessian(2)]):
+        model = network()
+        run = trainer(
+            lambda _, model=model: SASSHA(model.module[5].parameters(), lr=0.05),
+            algorithms,
+            model=model,
+            dataset=images(80),
+            max_duration="4ba",
+        )
+        run.fit()
+        assert_equal_on_all_ranks([[p, p.grad] for p in model.module.parameters()])
+        assert run.state.optimizers[0].param_groups[0]["refreshes"] == 2
+        run.close()
 
 
 def evaluates_with_the_buffers_of_rank_zero() -> None:

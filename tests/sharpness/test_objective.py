@@ -9,6 +9,7 @@ from composer.models import ComposerClassifier
 from torch import nn
 
 from composer_sassha.sharpness import Measures, measure, objective_of, top_eigenvalues, undisturbed
+from composer_sassha.sharpness.objective import Objective
 from tests.helpers import Injected, assert_same, copied, images, network, rng_states
 from tests.models.networks import pictures, vision_transformer
 
@@ -140,3 +141,16 @@ def test_groups_are_the_samples_in_their_order():
     assert [group.samples for group in groups] == [3, 3, 3] and not any(
         group.ranks.groups for group in groups
     )
+
+
+def test_hooks_do_not_hear_of_a_measurement():
+    torch.manual_seed(0)
+    model, heard = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), []
+    model[1].register_full_backward_hook(lambda module, made, given: heard.append(given))
+    params = dict(model.named_parameters())
+    objective = Objective(params, lambda x: model(x).square().mean(), [(torch.ones(2, 3), 2)])
+    with undisturbed(model):
+        objective.product(objective.gradient())
+    assert not heard
+    model(torch.ones(2, 3)).sum().backward()
+    assert len(heard) == 1
