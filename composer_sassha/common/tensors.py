@@ -61,14 +61,15 @@ def add_scaled_(
         bits, applied = [t.view(integer) for t in added], (factor != 0).to(integer)
         if spare:
             torch._foreach_mul_(bits, applied)
-        else:
-            added = [t.view(own) for t in torch._foreach_mul(bits, applied)]
         if device.type == "cpu" or factor.dtype not in (dtype, own):
             # Rounds once, as `add(..., alpha=)` does, and scales half precision in float32.
-            torch._foreach_addcmul_(into, added, [factor.expand_as(t) for t in added])
-        else:  # there the line above would be a kernel per tensor
-            torch._foreach_mul_(added, factor)
-            torch._foreach_add_(into, added)
+            for target, bit, tensor in zip(into, bits, added, strict=True):
+                kept = tensor if spare else (bit * applied).view(own)
+                target.addcmul_(kept, factor.expand_as(kept))
+        else:  # there the loop would be a kernel per tensor
+            own_copies = added if spare else [t.view(own) for t in torch._foreach_mul(bits, applied)]
+            torch._foreach_mul_(own_copies, factor)
+            torch._foreach_add_(into, own_copies)
 
 
 @contextlib.contextmanager

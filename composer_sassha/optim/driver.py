@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from composer_sassha.common.sharding import forget_copies, local
-from composer_sassha.common.tensors import copy_into, copy_of
+from composer_sassha.common.tensors import copy_into, copy_of, read
 from composer_sassha.optim.bystanders import bystanders_spared
 from composer_sassha.optim.parameters import ParameterView
 from composer_sassha.optim.passes import Closure, PassRunner
@@ -68,7 +68,7 @@ class Watch:
             )
 
     def _look_at_norms(self) -> None:
-        values = torch.stack(self._norms).tolist()
+        values = read(self._norms)
         self._norms.clear()
         if bad := [value for value in values if not math.isfinite(value)]:
             self._warned_of_norm = True

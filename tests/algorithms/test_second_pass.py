@@ -9,8 +9,11 @@ from composer.core import Event
 from composer.loggers import InMemoryLogger
 
 from composer_sassha import ASAM, ESAM, GSAM, MSAM, SAM, SSAM, USAM, LookSAM
+from composer_sassha.algorithms import wiring
+from composer_sassha.algorithms.perturbing import LOGGED
 from tests.helpers import Spy, assert_same, copied, rng_states, trainer
 from tests.methods import sgd
+from tests.optim.test_counts import Calls
 
 
 def observed(algorithms, **kwargs):
@@ -115,3 +118,16 @@ def test_the_first_outputs_are_gone_before_the_second_forward():
     run.fit()
     run.close()
     assert alive == [[], [False]]
+
+
+@pytest.mark.parametrize("loggers", [[], [InMemoryLogger()]], ids=["unlogged", "logged"])
+def test_metrics_are_read_at_once_where_they_are_logged(loggers):
+    run = trainer(sgd, [GSAM()], loggers=loggers, max_duration="1ba")
+    run.fit()
+    assert torch.is_tensor(run.state.optimizers[0].metrics["grad_norm"])
+    with Calls() as calls:
+        wiring.log(run.state, run.logger, "sharpness", LOGGED)
+    assert calls.reads == len(loggers)
+    for log in loggers:
+        assert all(isinstance(value, float) for _, value in log.data["sharpness/grad_norm"])
+    run.close()
