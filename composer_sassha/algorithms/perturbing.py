@@ -82,7 +82,9 @@ class PerturbingAlgorithm(MethodAlgorithm):
         elif event == Event.FIT_START:
             self._first_batch = True
             wiring.scale_gradients(state)  # fit() may have been given another precision
-            self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
+            self.perturbation.check(
+                state.optimizers[0].base_optimizer
+            )  # a checkpoint may have brought other groups
         elif event == Event.BATCH_END:
             self._warn_if_synchronized(state)
             wiring.log(state, logger, "sharpness", LOGGED)
