@@ -3,6 +3,7 @@
 import contextlib
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -92,6 +93,7 @@ class Driver:
     begin_pass: Callable[[Phase], None]
     mixes: bool
     ascended: bool = field(default=False, init=False)
+    zeroes_in_place: bool = field(default=False, init=False)  # the closure does, by set_to_none=False
 
     @property
     def own_gradients(self) -> bool:
@@ -122,6 +124,8 @@ class Driver:
     def _run(self, program: Program) -> tuple[Any, Any, Tensor | None]:
         seen = loss = wanted = None
         gradient = Gradient([])
+        # Weak, because most closures free the gradients of the last step before their forward.
+        left = [(p, weakref.ref(p.grad)) for p in self.view.all if p.grad is not None][:1]
         while True:
             try:
                 wanted = _following(wanted, next(program) if wanted is None else program.send(gradient))
@@ -147,6 +151,8 @@ class Driver:
                 self.view.mirror()
             gradient = self.view.gradient()
             if isinstance(wanted, Ascent):
+                if not self.ascended:
+                    self.zeroes_in_place = any(p.grad is not None and p.grad is grad() for p, grad in left)
                 if not self.ascended and not self.settings.partial_ascent:
                     # A copy: the closure may return the same tensor again.
                     seen = loss.detach().clone() if isinstance(loss, Tensor) else loss
@@ -162,7 +168,12 @@ class Driver:
         with self._displaced(wanted.e):
             if self.ascended:
                 before.release()
-                self.settings.zero_grad()  # the closure does too, or should; and this pass needs the memory
+                # The closure does too, or should; and this pass needs the memory. But what it leaves at zero
+                # has a gradient, which the base optimizer must find where this pass brings no other.
+                if self.zeroes_in_place:
+                    torch._foreach_zero_(local(p.grad for p in self.view.all if p.grad is not None))
+                else:
+                    self.settings.zero_grad()
                 if self.settings.partial_ascent:
                     self.settings.runner.share_buffers()  # what the ascent received is gone with its traces
             self.begin_pass(None if last and not self.ascended else "descent" if last else "ascent")
