@@ -13,9 +13,7 @@ from composer_sassha.common import validate
 from composer_sassha.common.ranks import any_rank
 from composer_sassha.common.sharding import local, shards_of
 from composer_sassha.common.tensors import as_dtype, wide_dtype
-
-# What shows, in a parameter group, that it can be one of these optimizers'.
-_HYPERPARAMETERS = {"lr", "betas", "eps"}
+from composer_sassha.optim.saved_states import check_state_dict, saved_states
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -178,46 +176,18 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             ValueError: the state is another optimizer's. Nothing has been loaded then.
         """
-        self._check_state_dict(state_dict)
+        averages = {"exp_avg", self._average}
+        names = {"step", "hessian_step", *averages}
+        check_state_dict(type(self).__name__, state_dict, self._params(), names, averages)
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             # A checkpoint of an earlier release lacks hyperparameters that came later. `differentiable` is
             # not ours: torch adds it to the defaults when a state is loaded.
             for name in self.defaults.keys() - {*group, "differentiable"}:
                 group[name] = self.defaults[name]
-        for _, p, state in self._saved_states(state_dict):
-            for name in ("exp_avg", self._average):
+        for _, p, state in saved_states(state_dict, self._params()):
+            for name in averages:
                 self.state[p][name] = state[name].to(device=p.device, dtype=wide_dtype([p]))
-
-    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        """Yield the key, this optimizer's parameter and the state for every saved state that is not empty."""
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        # Not strict: if the numbers differ, torch refuses the state dict with a message of its own.
-        for key, p in zip(keys, self._params()):  # noqa: B905
-            if state := state_dict["state"].get(key):
-                yield key, p, state
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        owner, names = type(self).__name__, {"step", "exp_avg", self._average, "hessian_step"}
-        advice = "load the weights alone (in a Trainer: load_weights_only=True)"
-        for group in state_dict["param_groups"]:
-            if lacking := sorted(_HYPERPARAMETERS - {*group}):
-                raise ValueError(
-                    f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it "
-                    f"is not one of composer_sassha's; {advice}"
-                )
-        for key, p, state in self._saved_states(state_dict):
-            if lacking := sorted(names - {*state}):
-                raise ValueError(
-                    f"{owner}: parameter {key} of this state has no {', '.join(lacking)}, but "
-                    f"{', '.join(map(str, state))}, so that it is not one of composer_sassha's; {advice}"
-                )
-            for name in ("exp_avg", self._average):
-                if (shape := state[name].shape) != p.shape:
-                    raise ValueError(
-                        f"{owner}: {name} of parameter {key} of this state has shape {tuple(shape)}, and the "
-                        f"parameter {tuple(p.shape)}; build the model as it was, or {advice}"
-                    )
 
     def _step_list(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """Step parameters of one device and dtype.
