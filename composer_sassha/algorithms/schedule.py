@@ -85,6 +85,7 @@ class Schedule(Algorithm):
             self._starts(optimizer)  # sharding has made new groups
             wiring.wrapped_optimizer(state)
         elif event == Event.FIT_START:
+            wiring.refuse_another_trainers(state)
             wiring.scale_gradients(state)  # fit() may have been given another precision
             self._check_the_end(state)
         elif event == Event.AFTER_DATALOADER:

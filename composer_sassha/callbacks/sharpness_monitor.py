@@ -95,15 +95,22 @@ class SharpnessMonitor(Callback):
             raise ValueError(
                 f"{owner}: interval={interval!r} is not allowed; it must be a time such as '1ep' or '500ba'"
             ) from error
-        self.spectra: dict[int, Spectrum] = {}
-        self._taken: list[tuple[Any, int]] = []
-        self._measured_at: int | None = None
+        self._forget()
 
     def __repr__(self) -> str:
         return (
             f"SharpnessMonitor(interval={self.interval!r}, batches={self.batches}, "
             f"max_seconds={self.max_seconds})"
         )
+
+    def _forget(self) -> None:
+        self.spectra: dict[int, Spectrum] = {}
+        self._taken: list[tuple[Any, int]] = []
+        self._measured_at: int | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Forget what belongs to the Trainer before this one."""
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: the batch of the last measurement."""
