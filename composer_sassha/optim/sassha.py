@@ -59,7 +59,7 @@ class SASSHA(BiasCorrectedOptimizer):
     def __init__(
         self,
         params: Iterable[Parameter] | Iterable[dict[str, Any]],
-        lr: float | Tensor = 0.15,
+        lr: float = 0.15,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-4,
         weight_decay: float = 0.0,

@@ -36,7 +36,7 @@ class SecondOrderOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Parameter] | Iterable[dict[str, Any]],
-        lr: float | Tensor,
+        lr: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,

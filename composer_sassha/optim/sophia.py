@@ -60,7 +60,7 @@ class Sophia(SecondOrderOptimizer):
     def __init__(
         self,
         params: Iterable[Parameter] | Iterable[dict[str, Any]],
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.96, 0.99),
         eps: float = 1e-12,
         weight_decay: float = 0.0,
