@@ -193,6 +193,21 @@ def test_a_gradient_that_is_zeroed_in_place_is_there_for_the_base(perturbation, 
     assert_same(*ends)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate:UserWarning")
+def test_a_parameter_that_is_twice_in_a_group_is_displaced_once():
+    w = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD([w, w], lr=0.1), SAMPerturbation(0.5))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.item() == pytest.approx(1 - 2 * 0.1 * 2 * 1.5)  # the base optimizer steps it twice
+
+
 def test_a_caller_that_edits_nested_state_of_a_state_dict_edits_a_copy():
     model = Shapes()
     optimizer = SharpnessAwareOptimizer(Nested(model.parameters()), SAMPerturbation(0.1), model=model)
