@@ -86,9 +86,8 @@ class PerturbingAlgorithm(MethodAlgorithm):
             wiring.refuse_another_trainers(state)
             self._first_batch = True
             wiring.scale_gradients(state)  # fit() may have been given another precision
-            self.perturbation.check(
-                state.optimizers[0].base_optimizer
-            )  # a checkpoint may have brought other groups
+            # A checkpoint may have brought other groups.
+            self.perturbation.check(state.optimizers[0].base_optimizer)
         elif event == Event.BATCH_END:
             self._warn_if_synchronized(state)
             wiring.log(state, logger, "sharpness", LOGGED)

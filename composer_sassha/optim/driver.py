@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -125,7 +126,8 @@ class Driver:
         seen = loss = wanted = None
         gradient = Gradient([])
         # Weak, because most closures free the gradients of the last step before their forward.
-        left = [(p, weakref.ref(p.grad)) for p in self.view.all if p.grad is not None][:1]
+        with_grad = (p for p in self.view.all if p.grad is not None)
+        left = [(p, weakref.ref(p.grad)) for p in islice(with_grad, 1)]
         while True:
             try:
                 wanted = _following(wanted, next(program) if wanted is None else program.send(gradient))
