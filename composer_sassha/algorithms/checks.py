@@ -8,6 +8,7 @@ from composer.core import Algorithm, Precision, State
 from composer.utils import dist
 from composer.utils.parallelism import FSDPConfig
 
+from composer_sassha.algorithms import wiring
 from composer_sassha.algorithms.base import MethodAlgorithm, methods_of
 from composer_sassha.optim import SharpnessAwareOptimizer, takes_curvature
 from composer_sassha.perturbations import Perturbation
@@ -33,6 +34,7 @@ def check(state: State) -> None:
         raise ValueError(
             f"{len(state.optimizers)} optimizers were given to the Trainer; these methods need exactly one"
         )
+    wiring.take_back(state)
     (optimizer,) = state.optimizers
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if any(isinstance(algorithm, composer.algorithms.SAM) for algorithm in state.algorithms):
@@ -92,7 +94,7 @@ def _check_sharding(state: State) -> None:
             raise ValueError(owner.curvature.whole_only)
     for group in state.optimizers[0].param_groups:
         size = group.get("block_size", 1)
-        if any(p.ndim == 2 and p.shape[1] % size for p in group["params"]):
+        if any(p.ndim == 2 and p.shape[1] % size and p.requires_grad for p in group["params"]):
             raise ValueError(
                 f"AdaHessian: block_size={size} is not allowed with sharded parameters (FSDP) unless it "
                 "divides the length of every matrix's rows; 1: no averaging"

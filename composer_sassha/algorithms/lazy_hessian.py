@@ -115,8 +115,11 @@ class LazyHessian(MethodAlgorithm):
             checks.check(state)
             checks.sort(state)
         elif event == Event.BEFORE_LOAD:
-            wiring.wrapped_optimizer(state, self._forget).set_curvature(self.curvature)
+            optimizer = wiring.wrapped_optimizer(state, self._forget)
+            optimizer.set_curvature(self.curvature)
+            wiring.bring(optimizer, self.curvature)
         elif event == Event.FIT_START:
+            wiring.refuse_another_trainers(state)
             self._check_precision(state)
             wiring.scale_gradients(state)
             checks.sort(state)  # loading may have added algorithms

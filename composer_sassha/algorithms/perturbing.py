@@ -71,19 +71,24 @@ class PerturbingAlgorithm(MethodAlgorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Wrap the optimizer, take a part of the batch, or log."""
         if event == Event.INIT:
+            self._looked_for_sync = False  # this may be another Trainer
             checks.check(state)
         elif event == Event.BEFORE_LOAD:
             # A copy: a schedule may change it, while this algorithm may serve another Trainer too.
-            wiring.wrapped_optimizer(state).set_perturbation(
+            optimizer = wiring.wrapped_optimizer(state)
+            optimizer.set_perturbation(
                 copy.copy(self.perturbation),
                 self.interval,
                 sync_ascent=bool(self.sync_ascent),
                 partial_ascent=self.ascent_fraction < 1,
             )
+            wiring.bring(optimizer, optimizer.perturbation)
         elif event == Event.FIT_START:
+            wiring.refuse_another_trainers(state)
             self._first_batch = True
             wiring.scale_gradients(state)  # fit() may have been given another precision
-            self.perturbation.check(state.optimizers[0])  # a checkpoint may have brought other groups
+            # A checkpoint may have brought other groups.
+            self.perturbation.check(state.optimizers[0].base_optimizer)
         elif event == Event.BATCH_END:
             self._warn_if_synchronized(state)
             wiring.log(state, logger, "sharpness", LOGGED)

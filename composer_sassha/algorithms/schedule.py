@@ -3,12 +3,13 @@
 import copy
 import inspect
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.optim import ComposerScheduler
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,7 +27,8 @@ class Schedule(Algorithm):
 
     For every batch, the hyperparameter is set to its value at the Trainer's start times the scheduler's
     multiplier. It is a number of the perturbation (`rho`, `alpha`, `beta`, ...). If the perturbation has none
-    of that name, it is one of the optimizer's parameter groups (`hessian_power`, `weight_decay`, ...).
+    of that name, it is one of the optimizer's parameter groups (`hessian_power`, `weight_decay`, ...); a
+    group that lacks it is left alone, and one that is added later starts from the value that it brings.
     Nothing has to be saved, since a resumed run computes the same values. Composer sets the learning rate
     before it counts a batch, so that the rate is one batch behind its scheduler. The values set here are not
     behind; `FollowLR` uses the present rate. Logs `schedule/<name>`.
@@ -60,9 +62,10 @@ class Schedule(Algorithm):
             )
         self.name = name
         self.scheduler = scheduler
-        # The start value of the perturbation, or that of each parameter group. Keyed by base optimizer, as
-        # one algorithm may serve several Trainers.
-        self._bases: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
+        # The start value of the perturbation, or that of each parameter group, by base optimizer: one
+        # algorithm may serve several Trainers.
+        self._of_perturbation: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
+        self._of_groups: WeakKeyDictionary[Optimizer, list[_GroupStart]] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Schedule({self.name!r}, {_call(self.scheduler)})"
@@ -77,10 +80,12 @@ class Schedule(Algorithm):
         if event == Event.INIT:
             checks.check(state)
             # Before loading: a checkpoint's value has been multiplied already.
-            self._bases[_base(optimizer)] = self._find_base(state)
+            self._find_start(state)
         elif event == Event.BEFORE_LOAD:
+            self._starts(optimizer)  # sharding has made new groups
             wiring.wrapped_optimizer(state)
         elif event == Event.FIT_START:
+            wiring.refuse_another_trainers(state)
             wiring.scale_gradients(state)  # fit() may have been given another precision
             self._check_the_end(state)
         elif event == Event.AFTER_DATALOADER:
@@ -90,35 +95,56 @@ class Schedule(Algorithm):
                 _check_range(optimizer, self.name, optimizer.perturbation, optimizer.param_groups)
             except ValueError as error:
                 raise SettingError(f"Schedule: at batch {state.timestamp.batch.value}: {error}") from error
-            logger.log_metrics({f"schedule/{self.name}": self._values(optimizer, state)[0]})
+            values = [value for value in self._values(optimizer, state) if value is not None]
+            logger.log_metrics({f"schedule/{self.name}": value for value in values[:1]})
 
-    def _find_base(self, state: State) -> list[float]:
+    def _find_start(self, state: State) -> None:
         if sum(isinstance(a, Schedule) and a.name == self.name for a in state.algorithms) > 1:
             raise ValueError(f"Schedule: {self.name} is scheduled twice; keep one of them")
         own = _schedulable(checks.perturbation_of(state))
-        groups = [_group_numbers(group) for group in state.optimizers[0].param_groups]
+        (optimizer,) = state.optimizers
+        base, names = _base(optimizer), {n: 0 for g in optimizer.param_groups for n in _group_numbers(g)}
+        self._of_perturbation.pop(base, None)
+        self._of_groups.pop(base, None)
         if self.name in own:
-            return [own[self.name]]
-        if not all(self.name in group for group in groups):
-            known = [*own, *groups[0]]
+            self._of_perturbation[base] = own[self.name]
+        elif self.name not in names:
+            known = [*own, *names]
             raise ValueError(
                 f"Schedule: name={self.name!r} is not allowed; it must be a number of the perturbation "
                 f"or of the optimizer ({', '.join(known)})"
             )
-        return [group[self.name] for group in groups]
+        self._starts(optimizer)
 
-    def _values(self, optimizer: SharpnessAwareOptimizer, state: State) -> list[float]:
+    def _starts(self, optimizer: Optimizer) -> list[float | None]:
+        """Return the start value of the perturbation, or of each group: None for a group that lacks it."""
+        base = _base(optimizer)
+        if base in self._of_perturbation:
+            return [self._of_perturbation[base]]
+        known = self._of_groups.get(base, [])
+
+        def start(group: dict[str, Any]) -> float | None:
+            # Loading makes new groups with the same lists of parameters, freezing layers the contrary.
+            found = (s.value for s in known if s.group is group or s.params is group["params"])
+            return next(found, _group_numbers(group).get(self.name))
+
+        groups = optimizer.param_groups
+        starts = self._of_groups[base] = [_GroupStart(g, g["params"], start(g)) for g in groups]
+        return [s.value for s in starts]
+
+    def _values(self, optimizer: Optimizer, state: State) -> list[float | None]:
         multiplier = self.scheduler(state)
-        return [base * multiplier for base in self._bases[_base(optimizer)]]
+        return [None if start is None else start * multiplier for start in self._starts(optimizer)]
 
     def _set(
-        self, perturbation: Perturbation | None, groups: list[dict[str, Any]], values: list[float]
+        self, perturbation: Perturbation | None, groups: list[dict[str, Any]], values: list[float | None]
     ) -> None:
         if self.name in _schedulable(perturbation):
             setattr(perturbation, self.name, values[0])
         else:
             for group, value in zip(groups, values, strict=True):
-                group[self.name] = value
+                if value is not None:
+                    group[self.name] = value
 
     def _check_the_end(self, state: State) -> None:
         """Refuse, before the first step, a schedule whose value at the last step is not allowed."""
@@ -133,9 +159,9 @@ class Schedule(Algorithm):
         try:
             for scheduler in state.schedulers:  # FollowLR reads the learning rate
                 if isinstance(scheduler, LambdaLR):
-                    first["lr"] = first["initial_lr"] * scheduler.lr_lambdas[0](last.batch.value)
+                    first["lr"] = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](last.batch.value)
             for other in state.algorithms:
-                if isinstance(other, Schedule) and _base(optimizer) in other._bases:
+                if isinstance(other, Schedule):
                     other._set(perturbation, groups, other._values(optimizer, state))
             _check_range(optimizer, self.name, perturbation, groups)
         except ValueError as error:
@@ -145,6 +171,14 @@ class Schedule(Algorithm):
             ) from error
         finally:
             state.timestamp, first["lr"] = now, lr
+
+
+class _GroupStart(NamedTuple):
+    """A parameter group, its list of parameters, and its value when it was first seen."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    value: float | None
 
 
 class FollowLR(ComposerScheduler):
@@ -213,7 +247,7 @@ def _check_range(
     for group in groups:
         if hasattr(optimizer, "check_group"):
             optimizer.check_group(group)
-        else:  # torch's optimizers check their arguments only in the constructor
+        elif name in _group_numbers(group):  # torch's check their arguments only in the constructor
             validate.number(type(optimizer).__name__, name, group[name], low=0)
 
 

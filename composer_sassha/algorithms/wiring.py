@@ -37,6 +37,7 @@ class TrainerPasses(PassRunner):
         self.on_rollback: list[Callable[[], None]] = []
         self.samples = Samples()
         self._microbatches: Sequence[Any] | None = None  # of the running step
+        self.brought: list[Any] = []  # the perturbation and the curvature that this Trainer's algorithms set
 
     def run(self, closure: Closure, *, sync: bool = True, hidden: bool = False, applied: bool = True) -> Any:
         """Run one pass; see `PassRunner`. The Trainer's closure handles `sync` itself."""
@@ -159,6 +160,34 @@ def wrapped_optimizer(state: State, on_rollback: Callable[[], None] | None = Non
         optimizer.runner.on_rollback.append(on_rollback)
     scale_gradients(state)
     return optimizer
+
+
+def bring(optimizer: SharpnessAwareOptimizer, part: Any) -> None:
+    """Note a perturbation or a curvature that a Trainer's algorithm has set, for `take_back`."""
+    assert isinstance(optimizer.runner, TrainerPasses)
+    optimizer.runner.brought.append(part)
+
+
+def take_back(state: State) -> None:
+    """Remove from the optimizer what the algorithms of an earlier Trainer have set."""
+    (optimizer,) = state.optimizers
+    runner = getattr(optimizer, "runner", None)
+    if not isinstance(runner, TrainerPasses) or runner.state is state:
+        return
+    if any(optimizer.perturbation is part for part in runner.brought):
+        optimizer.set_perturbation(None)
+    if any(optimizer.curvature is part for part in runner.brought):
+        optimizer.set_curvature(None)
+
+
+def refuse_another_trainers(state: State) -> None:
+    """Raise SettingError if the optimizer has been given to another Trainer since this one was built."""
+    (optimizer,) = state.optimizers
+    if optimizer.runner.state is not state:
+        raise SettingError(
+            "the SharpnessAwareOptimizer has been given to another Trainer since this one was built, and "
+            "runs the other's passes; finish one Trainer before the next is built, or give each its own"
+        )
 
 
 def scale_gradients(state: State) -> None:

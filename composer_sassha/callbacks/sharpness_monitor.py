@@ -13,7 +13,7 @@ from composer.utils import MissingConditionalImportError, create_interval_schedu
 from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
-from composer_sassha.common.batches import Samples, unwrapped
+from composer_sassha.common.batches import unwrapped
 from composer_sassha.common.ranks import world
 from composer_sassha.common.sharding import is_sharded
 from composer_sassha.common.snapshot import Snapshot
@@ -97,16 +97,23 @@ class SharpnessMonitor(Callback):
             raise ValueError(
                 f"{owner}: interval={interval!r} is not allowed; it must be a time such as '1ep' or '500ba'"
             ) from error
-        self.spectra: dict[int, Spectrum] = {}
-        self._taken: list[tuple[Any, int]] = []
-        self._cut = Samples()
-        self._measured_at: int | None = None
+        self._forget()
 
     def __repr__(self) -> str:
         return (
             f"SharpnessMonitor(interval={self.interval!r}, batches={self.batches}, "
             f"max_seconds={self.max_seconds})"
         )
+
+    def _forget(self) -> None:
+        self.spectra: dict[int, Spectrum] = {}
+        self._taken: list[tuple[Any, int]] = []
+        self._cut = Samples()
+        self._measured_at: int | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Forget what belongs to the Trainer before this one."""
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: the batch of the last measurement."""

@@ -42,15 +42,15 @@ class AdaHessian(BiasCorrectedOptimizer):
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
-        lr: learning rate, >= 0. Default: 0.15.
+        lr: learning rate, >= 0; a number, or a tensor of one. Default: 0.15.
         betas: decay of the gradient's and of the Hessian's average, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the preconditioner, >= 0. Default: 1e-4.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         hessian_power: the exponent k, in [0, 1]. Default: 1.
         block_size: entries of a matrix to average over, >= 1; it must divide the number of entries of every
             matrix in the group. 1: no averaging. Default: 1.
-        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
-            the results agree bit for bit on CPU. Default: True.
+        foreach: one call per operation for all tensors (True or None), or tensor by tensor, in less memory
+            (False); the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -77,25 +77,17 @@ class AdaHessian(BiasCorrectedOptimizer):
         hessian_power: float = 1.0,
         block_size: int = 1,
         *,
-        foreach: bool = True,
+        foreach: bool | None = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "hessian_power": hessian_power,
-            "block_size": block_size,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults)
+        own = {"hessian_power": hessian_power, "block_size": block_size}
+        super().__init__(params, lr, betas, eps, weight_decay, own, foreach)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""
         super().check_group(group)
         validate.number("AdaHessian", "hessian_power", group["hessian_power"], low=0, high=1)
         size = validate.integer("AdaHessian", "block_size", group["block_size"], low=1)
-        for p in group["params"]:
+        for p in (p for p in group["params"] if p.requires_grad):
             if isinstance(p, DTensor) and p.ndim == 2 and p.shape[1] % size:
                 raise ValueError(
                     f"AdaHessian: block_size={size} is not allowed for a sharded parameter of shape "

@@ -30,16 +30,18 @@ class Counters:
         self.fill()
 
     def fill(self) -> None:
-        """Give the counters to groups that lack them, from the first group or at their start."""
+        """Give the counters to groups that lack them, from one that has them or at their start."""
         groups = self._optimizer.param_groups
-        for group in groups:
-            if COUNTERS.keys() <= group.keys():
-                continue
-            for name, start in COUNTERS.items():
-                group.setdefault(name, groups[0].get(name, start))
+        if all(COUNTERS.keys() <= group.keys() for group in groups):
+            return
+        for name in COUNTERS:
+            value = self[name]
+            for group in groups:
+                group.setdefault(name, value)
 
     def __getitem__(self, name: str) -> Any:
-        return self._optimizer.param_groups[0][name]
+        groups = self._optimizer.param_groups
+        return next((group[name] for group in groups if name in group), COUNTERS[name])
 
     def update(self, **values: int | float) -> None:
         """Set counters in all groups."""

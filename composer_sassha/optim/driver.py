@@ -3,8 +3,10 @@
 import contextlib
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -112,6 +114,7 @@ class Driver:
     begin_pass: Callable[[Phase], None]
     mixes: bool
     ascended: bool = field(default=False, init=False)
+    zeroes_in_place: bool = field(default=False, init=False)  # the closure does, by set_to_none=False
 
     @property
     def own_gradients(self) -> bool:
@@ -142,6 +145,9 @@ class Driver:
     def _run(self, program: Program) -> tuple[Any, Any, Tensor | None]:
         seen = loss = wanted = None
         gradient = Gradient([])
+        # Weak, because most closures free the gradients of the last step before their forward.
+        with_grad = (p for p in self.view.all if p.grad is not None)
+        left = [(p, weakref.ref(p.grad)) for p in islice(with_grad, 1)]
         while True:
             try:
                 wanted = _following(wanted, next(program) if wanted is None else program.send(gradient))
@@ -167,6 +173,8 @@ class Driver:
                 self.view.mirror()
             gradient = self.view.gradient()
             if isinstance(wanted, Ascent):
+                if not self.ascended:
+                    self.zeroes_in_place = any(p.grad is not None and p.grad is grad() for p, grad in left)
                 if not self.ascended and not self.settings.partial_ascent:
                     # A copy: the closure may return the same tensor again.
                     seen = loss.detach().clone() if isinstance(loss, Tensor) else loss
@@ -184,7 +192,12 @@ class Driver:
         with self._displaced(wanted.e), spared:
             if self.ascended:
                 before.release()
-                self.settings.zero_grad()  # the closure does too, or should; and this pass needs the memory
+                # The closure does too, or should; and this pass needs the memory. But what it leaves at zero
+                # has a gradient, which the base optimizer must find where this pass brings no other.
+                if self.zeroes_in_place:
+                    torch._foreach_zero_(local(p.grad for p in self.view.all if p.grad is not None))
+                else:
+                    self.settings.zero_grad()
                 if self.settings.partial_ascent:
                     self.settings.runner.share_buffers()  # what the ascent received is gone with its traces
             self.begin_pass(None if last and not self.ascended else "descent" if last else "ascent")

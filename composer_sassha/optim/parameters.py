@@ -29,7 +29,8 @@ class ParameterView:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module | None, given: Ranks | None = None) -> None:
         self.optimizer, groups = optimizer, optimizer.param_groups
-        self.all: list[Tensor] = [p for group in groups for p in group["params"]]
+        # Once each: torch only warns of a parameter that is twice in a group.
+        self.all: list[Tensor] = [*dict.fromkeys(p for group in groups for p in group["params"])]
         self._maximized = [p for group in groups if group.get("maximize") for p in group["params"]]
         self.trainable = [p for p in self.all if p.requires_grad]
         self.model, self._given = model, given

@@ -4,7 +4,9 @@ import functools
 import inspect
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 
 def _shared(name: str) -> property:
@@ -53,9 +55,9 @@ class OptimizerProxy(Optimizer):
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Reset the gradients, as the base optimizer does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self.base_optimizer.zero_grad(*args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
@@ -70,15 +72,14 @@ class OptimizerProxy(Optimizer):
             RuntimeError: parameters with a state have been taken out of the groups.
         """
         params = {p for group in self.param_groups for p in group["params"]}
-        if removed := len({*self.state} - params):
+        # Some optimizers keep state under strings too, which is no parameter's.
+        if removed := len({key for key in self.state if isinstance(key, Tensor)} - params):
             raise RuntimeError(
-                f"{removed} parameters have been taken out of the optimizer (LayerFreezing does), and "
-                "Composer can neither save nor resume such a run; freeze them from the start with "
-                "requires_grad_(False), or save no checkpoint"
+                f"{removed} parameters with a state have been taken out of the optimizer's groups "
+                "(LayerFreezing does), and neither PyTorch nor Composer can save and resume such a run; "
+                "freeze them from the start with requires_grad_(False), or save no checkpoint"
             )
-        saved = self.base_optimizer.state_dict()
-        state = {key: dict(kept) if isinstance(kept, dict) else kept for key, kept in saved["state"].items()}
-        return {**saved, "state": state}
+        return tree_map(lambda leaf: leaf, self.base_optimizer.state_dict())  # type: ignore[no-any-return]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this or of the base optimizer."""

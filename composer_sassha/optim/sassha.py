@@ -34,13 +34,13 @@ class SASSHA(BiasCorrectedOptimizer):
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
-        lr: learning rate, >= 0. Default: 0.15.
+        lr: learning rate, >= 0; a number, or a tensor of one. Default: 0.15.
         betas: decay of the gradient's and of the Hessian's average, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the preconditioner, >= 0. Default: 1e-4.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         hessian_power: the exponent p, in [0, 1]. Default: 0.5.
-        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
-            the results agree bit for bit on CPU. Default: True.
+        foreach: one call per operation for all tensors (True or None), or tensor by tensor, in less memory
+            (False); the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -66,17 +66,10 @@ class SASSHA(BiasCorrectedOptimizer):
         weight_decay: float = 0.0,
         hessian_power: float = 0.5,
         *,
-        foreach: bool = True,
+        foreach: bool | None = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "hessian_power": hessian_power,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults)
+        own = {"hessian_power": hessian_power}
+        super().__init__(params, lr, betas, eps, weight_decay, own, foreach)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
 from composer_sassha.common.sharding import local, shards_of
-from composer_sassha.common.tensors import as_dtype, wide_dtype
-
-# What shows, in a parameter group, that it can be one of these optimizers'.
-_HYPERPARAMETERS = {"lr", "betas", "eps"}
+from composer_sassha.common.tensors import as_dtype, euclidean_norms, wide_dtype
+from composer_sassha.optim.saved_states import check_state_dict, saved_states
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -32,6 +31,20 @@ class SecondOrderOptimizer(Optimizer):
 
     _average = "exp_hessian"
     _remedy = "composer_sassha.LazyHessian()"  # the algorithm that a message recommends
+
+    def __init__(
+        self,
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        own: dict[str, Any],
+        foreach: bool | None,
+    ) -> None:
+        """Make the groups; `own` are the hyperparameters that only this rule has."""
+        common = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**common, **own, "foreach": foreach})
 
     def _prepare(self, estimates: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Return the tensors to average; must not write to the estimates."""
@@ -66,9 +79,10 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
         """
-        owner, betas = type(self).__name__, group["betas"]
-        validate.boolean(owner, "foreach", group["foreach"])
-        validate.number(owner, "lr", group["lr"], low=0)
+        owner, betas, lr = type(self).__name__, group["betas"], group["lr"]
+        if group["foreach"] is not None:
+            validate.boolean(owner, "foreach", group["foreach"])
+        validate.number(owner, "lr", lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr, low=0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(
                 f"{owner}: betas={betas!r} is not allowed; it must be two numbers, each in [0, 1)"
@@ -77,8 +91,12 @@ class SecondOrderOptimizer(Optimizer):
             validate.number(owner, f"betas[{i}]", beta, low=0, high=1, below=True)
         validate.number(owner, "eps", group["eps"], low=0)
         validate.number(owner, "weight_decay", group["weight_decay"], low=0)
+        if group.get("maximize"):
+            raise ValueError(
+                f"{owner}: maximize=True is not allowed; minimize the negative of the loss instead"
+            )
         for p in group["params"]:
-            if not p.is_floating_point():
+            if p.requires_grad and not p.is_floating_point():
                 raise TypeError(
                     f"{owner}: a parameter of dtype {p.dtype} is not allowed; it must be real floating point"
                 )
@@ -148,7 +166,7 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             ValueError: a key is not a parameter that this optimizer trains, or an estimate has another shape.
         """
-        owner, trained = type(self).__name__, set(self._trained())
+        owner, trained = type(self).__name__, {p for p in self._params() if _is_trained(p)}
         for p, part, h in zip(diagonal, local(diagonal), diagonal.values(), strict=True):
             if p not in trained:
                 raise ValueError(
@@ -171,52 +189,45 @@ class SecondOrderOptimizer(Optimizer):
             for state in states:
                 state["hessian_step"] = self._age(state)
 
+    @torch.no_grad()
+    def report_per_parameter_metrics(
+        self, param: Tensor, name: str, optimizer_metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the metrics with this parameter's norms, for Composer's OptimizerMonitor.
+
+        Their names are `l2_norm/<kind>/<name>`. The kinds are `param` and `grad` and, once there is an
+        estimate, `moment` and `curvature`, which are the averages, and `update`, the step that these make
+        from the present weight at the present learning rate.
+        """
+        found, state = {"param": param, "grad": param.grad}, self.state.get(param, {})
+        if state.get("hessian_step"):
+            _, group = next(self._lists(lambda p: p is param))
+            update = [local([param])[0].to(state["exp_avg"].dtype) * (-group["lr"] * group["weight_decay"])]
+            self._update(update, [state], self._denominators([state], group), group)
+            found |= {"moment": state["exp_avg"], "curvature": state[self._average], "update": update[0]}
+        shards = shards_of([param])
+        wide = [t.to(wide_dtype([t])) for t in local(found.values())]
+        norms = euclidean_norms(wide, None if shards is None else shards.group)
+        return optimizer_metrics | {f"l2_norm/{k}/{name}": n for k, n in zip(found, norms, strict=True)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the float32 state of half-precision parameters keeps its dtype.
 
         Raises:
             ValueError: the state is another optimizer's. Nothing has been loaded then.
         """
-        self._check_state_dict(state_dict)
+        averages = {"exp_avg", self._average}
+        names = {"step", "hessian_step", *averages}
+        check_state_dict(type(self).__name__, state_dict, self._params(), names, averages)
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             # A checkpoint of an earlier release lacks hyperparameters that came later. `differentiable` is
             # not ours: torch adds it to the defaults when a state is loaded.
             for name in self.defaults.keys() - {*group, "differentiable"}:
                 group[name] = self.defaults[name]
-        for _, p, state in self._saved_states(state_dict):
-            for name in ("exp_avg", self._average):
+        for _, p, state in saved_states(state_dict, self._params()):
+            for name in averages:
                 self.state[p][name] = state[name].to(device=p.device, dtype=wide_dtype([p]))
-
-    def _saved_states(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor, dict[str, Any]]]:
-        """Yield the key, this optimizer's parameter and the state for every saved state that is not empty."""
-        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        # Not strict: if the numbers differ, torch refuses the state dict with a message of its own.
-        for key, p in zip(keys, self._params()):  # noqa: B905
-            if state := state_dict["state"].get(key):
-                yield key, p, state
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        owner, names = type(self).__name__, {"step", "exp_avg", self._average, "hessian_step"}
-        advice = "load the weights alone (in a Trainer: load_weights_only=True)"
-        for group in state_dict["param_groups"]:
-            if lacking := sorted(_HYPERPARAMETERS - {*group}):
-                raise ValueError(
-                    f"{owner}: the parameter groups of this state have no {', '.join(lacking)}, so that it "
-                    f"is not one of composer_sassha's; {advice}"
-                )
-        for key, p, state in self._saved_states(state_dict):
-            if lacking := sorted(names - {*state}):
-                raise ValueError(
-                    f"{owner}: parameter {key} of this state has no {', '.join(lacking)}, but "
-                    f"{', '.join(map(str, state))}, so that it is not one of composer_sassha's; {advice}"
-                )
-            for name in ("exp_avg", self._average):
-                if (shape := state[name].shape) != p.shape:
-                    raise ValueError(
-                        f"{owner}: {name} of parameter {key} of this state has shape {tuple(shape)}, and the "
-                        f"parameter {tuple(p.shape)}; build the model as it was, or {advice}"
-                    )
 
     def _step_list(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """Step parameters of one device and dtype.
@@ -251,33 +262,37 @@ class SecondOrderOptimizer(Optimizer):
         return here if shards is None else shards.ranks.any(torch.tensor(here, device=grads[0].device))
 
     def _lists(self, chosen: Callable[[Tensor], bool]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
-        """Yield lists of chosen parameters for one call of a rule, each with its group."""
+        """Yield lists of chosen parameters for one call of a rule, each with its group and a number as lr."""
         for group in self.param_groups:
             lists: dict[Any, list[Tensor]] = defaultdict(list)
             for i, p in enumerate(group["params"]):
                 if chosen(p):
                     # foreach kernels need one device and one dtype
-                    lists[(p.device, p.dtype) if group["foreach"] else i].append(p)
+                    lists[i if group["foreach"] is False else (p.device, p.dtype)].append(p)
             for params in lists.values():
-                yield params, group
+                yield params, {**group, "lr": float(group["lr"])}
 
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _trained(self) -> Iterator[Tensor]:
-        return (p for p in self._params() if p.requires_grad or p.grad is not None)
-
     def _init_state(self) -> None:
         # At once and for every trainable parameter: PyTorch loads a sharded checkpoint only into state
         # entries that exist already.
-        for p in self._trained():
-            if not self.state[p]:
+        for group in self.param_groups:
+            fresh = [p for p in group["params"] if _is_trained(p) and not self.state.get(p)]
+            if fresh:
+                self.check_group(group)  # they may have been frozen when the group was made
+            for p in fresh:
                 self.state[p] = {
                     "step": 0,
                     "exp_avg": torch.zeros_like(p, dtype=wide_dtype([p])),
                     self._average: torch.zeros_like(p, dtype=wide_dtype([p])),
                     "hessian_step": 0,
                 }
+
+
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
 
 
 def kept(states: Iterable[Mapping[str, Any]], name: str) -> list[Tensor]:

@@ -175,7 +175,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
                 all of them at 0 and without a closure, to create the optimizer's state.
         """
         if closure is None:
-            if any(group["lr"] != 0 for group in self.param_groups):
+            if any(group.get("lr") != 0 for group in self.param_groups):
                 raise RuntimeError(
                     "SharpnessAwareOptimizer.step() needs a closure that computes the loss and its gradient: "
                     "it may be called several times a step"

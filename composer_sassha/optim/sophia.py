@@ -34,14 +34,15 @@ class Sophia(SecondOrderOptimizer):
 
     Args:
         params: parameters, or dicts of parameter groups with their own hyperparameters.
-        lr: learning rate, which is also the largest change of an entry in a step; >= 0. Default: 1e-3.
+        lr: learning rate, >= 0, which is also the largest change of an entry in a step; a number, or a tensor
+            of one. Default: 1e-3.
         betas: decay of the gradient's and of the Hessian's average, each in [0, 1). Default: (0.96, 0.99).
         eps: the smallest divisor, >= 0; 0 stands for the smallest normal number. Default: 1e-12.
         weight_decay: decoupled, as in AdamW: `w *= 1 - lr * weight_decay`; >= 0. Default: 0.
         clip_threshold: the paper's gamma, >= 0: the larger, the fewer entries are clipped; 0: momentum's
             sign everywhere unless |m| < eps. Default: 0.01.
-        foreach: one call per operation for all tensors (True), or tensor by tensor, in less memory (False);
-            the results agree bit for bit on CPU. Default: True.
+        foreach: one call per operation for all tensors (True or None), or tensor by tensor, in less memory
+            (False); the results agree bit for bit on CPU. Default: True.
 
     Raises:
         TypeError, ValueError: a hyperparameter or a parameter that is not allowed.
@@ -65,17 +66,10 @@ class Sophia(SecondOrderOptimizer):
         weight_decay: float = 0.0,
         clip_threshold: float = 0.01,
         *,
-        foreach: bool = True,
+        foreach: bool | None = True,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "clip_threshold": clip_threshold,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults)
+        own = {"clip_threshold": clip_threshold}
+        super().__init__(params, lr, betas, eps, weight_decay, own, foreach)
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Check a parameter group's hyperparameters; see `SecondOrderOptimizer`."""

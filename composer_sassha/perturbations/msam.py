@@ -17,6 +17,7 @@ from composer_sassha.perturbations.base import (
     Program,
     ratio,
 )
+from composer_sassha.perturbations.momentum import NAMES, momentum_of, will_keep_momentum
 
 
 @dataclass
@@ -62,7 +63,7 @@ class MSAMPerturbation(Perturbation):
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer without momentum; see `Perturbation`."""
-        if not all(group.get("momentum") or "betas" in group for group in optimizer.param_groups):
+        if not will_keep_momentum(optimizer):
             raise ValueError(
                 f"MSAM: {type(optimizer).__name__} keeps no momentum to perturb along; "
                 "use SGD(momentum=0.9), AdamW or SASSHA, or another perturbation"
@@ -70,10 +71,9 @@ class MSAMPerturbation(Perturbation):
 
 
 def _momentum(state: Mapping[str, Any]) -> Tensor | None:
-    if state and "exp_avg" not in state and "momentum_buffer" not in state:
+    if state and not state.keys() & {*NAMES}:
         raise RuntimeError(
-            f"MSAM: the optimizer keeps no exp_avg or momentum_buffer, but {', '.join(map(str, state))}; "
+            f"MSAM: the optimizer keeps no {' or '.join(NAMES)}, but {', '.join(map(str, state))}; "
             "use another optimizer or another perturbation"
         )
-    momentum: Tensor | None = state.get("exp_avg", state.get("momentum_buffer"))
-    return momentum
+    return momentum_of(state)

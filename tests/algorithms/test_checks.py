@@ -182,17 +182,6 @@ def test_an_optimizer_that_the_user_wrapped_is_not_wrapped_again():
     run.close()
 
 
-def test_algorithms_can_be_used_in_another_trainer():
-    algorithms = [Sassha(rho=0.1)]
-    weights = []
-    for _ in range(2):
-        run = trainer(sassha, algorithms, max_duration="3ba")
-        run.fit()
-        weights.append(torch.cat([p.detach().flatten() for p in run.state.model.parameters()]))
-        run.close()
-    assert torch.equal(*weights)
-
-
 def test_fit_twice_continues():
     once = trainer(sassha, [Sassha(rho=0.1)], max_duration="1ep")
     once.fit()

@@ -1,5 +1,6 @@
 """Schedules of hyperparameters through the Trainer."""
 
+import copy
 import math
 
 import pytest
@@ -73,6 +74,83 @@ def test_every_parameter_group_has_its_own():
         [Schedule("weight_decay", LinearScheduler(alpha_f=0.0)), SAM()],
     )
     assert values == [pytest.approx([0.4 * (1 - t / 8), 0.2 * (1 - t / 8)]) for t in range(8)]
+
+
+def with_group(optimizer, extra, decay, first=False):
+    added = {**optimizer.param_groups[0], "params": [extra], "weight_decay": decay}
+    kept = [*optimizer.param_groups]
+    optimizer.param_groups = [added, *kept] if first else [*kept, added]
+
+
+def without_first_group(optimizer, extra):
+    optimizer.param_groups = optimizer.param_groups[1:]
+
+
+def new_lists(optimizer, extra):  # as LayerFreezing makes them
+    for group in optimizer.param_groups:
+        group["params"] = [*group["params"]]
+
+
+# What happens to the groups in the middle of a run, and from where they start afterwards.
+EDITS = {
+    "added": (
+        lambda optimizer, extra: optimizer.add_param_group({"params": [extra], "lr": 0.01}),
+        [0.4, 0.2, 0.2],
+    ),
+    "inserted": (lambda optimizer, extra: with_group(optimizer, extra, 0.8, first=True), [0.8, 0.4, 0.2]),
+    "appended": (lambda optimizer, extra: with_group(optimizer, extra, 0.8), [0.4, 0.2, 0.8]),
+    "removed": (without_first_group, [0.2]),
+    "reloaded": (
+        lambda optimizer, extra: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+        [0.4, 0.2],
+    ),
+    "frozen": (new_lists, [0.4, 0.2]),
+}
+
+
+@pytest.mark.parametrize(("edit", "starts"), EDITS.values(), ids=EDITS)
+def test_groups_that_change_in_mid_run_keep_their_own_start(edit, starts):
+    seen, extra = [], torch.nn.Parameter(torch.ones(2))
+
+    def grouped(params):
+        first, *rest = params
+        groups = [{"params": [first], "weight_decay": 0.4}, {"params": rest}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.2)
+
+    def look(event, state, passes):
+        (optimizer,) = state.optimizers
+        if event == Event.EPOCH_START and state.timestamp.epoch == 1:
+            edit(optimizer, extra)
+        if event == Event.BEFORE_FORWARD and passes == 1:
+            seen.append([group["weight_decay"] for group in optimizer.param_groups])
+            assert all("steps_taken" in group for group in optimizer.param_groups)
+            assert optimizer.steps_taken == state.timestamp.batch.value
+
+    run = trainer(
+        grouped, [SAM(), Schedule("weight_decay", LinearScheduler(alpha_f=0.0))], callbacks=[Spy(look)]
+    )
+    run.fit()
+    run.close()
+    expected = [[start * (1 - t / 8) for start in ([0.4, 0.2] if t < 4 else starts)] for t in range(8)]
+    assert seen == [pytest.approx(values) for values in expected]
+
+
+class Mixed(torch.optim.SGD):
+    """Has one hyperparameter in the second group only, as hybrids of Muon and Adam do."""
+
+    def __init__(self, params):
+        first, *rest = params
+        super().__init__([{"params": [first]}, {"params": rest}], lr=0.1)
+        self.param_groups[1]["sharpening"] = 0.5
+
+
+def test_a_group_that_lacks_the_hyperparameter_is_left_alone():
+    groups = seen(
+        lambda optimizer: [group.get("sharpening") for group in optimizer.param_groups],
+        Mixed,
+        [SAM(), Schedule("sharpening", LinearScheduler())],
+    )
+    assert groups == [[None, pytest.approx(0.5 * (1 - t / 8))] for t in range(8)]
 
 
 def test_it_needs_no_other_algorithm():

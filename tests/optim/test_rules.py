@@ -154,7 +154,7 @@ COMMON = [
     ("betas", 0.9, "two numbers, each in [0, 1)"),
     ("eps", -1e-8, "a number >= 0"),
     ("weight_decay", -1, "a number >= 0"),
-    ("foreach", None, "True or False"),
+    ("foreach", 1, "True or False"),
 ]
 POWER = [("hessian_power", value, "a number in [0, 1]") for value in (1.5, -0.5, "1")]
 BLOCK = [("block_size", value, "an integer >= 1") for value in (0, -1, 2.0, True)]
@@ -198,8 +198,11 @@ def test_whole_numbers_will_do(rule):
 def test_complex_and_integer_parameters_and_sparse_gradients_are_refused(rule):
     with pytest.raises(TypeError, match=f"{rule.__name__}: a parameter of dtype torch.complex64"):
         rule([nn.Parameter(torch.ones(1, dtype=torch.complex64))])
-    with pytest.raises(TypeError, match=f"{rule.__name__}: a parameter of dtype torch.int64"):
-        rule([nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)])
+    late = nn.Parameter(torch.ones(1, dtype=torch.complex64), requires_grad=False)
+    optimizer = rule([late])
+    late.requires_grad_()
+    with pytest.raises(TypeError, match=f"{rule.__name__}: a parameter of dtype torch.complex64"):
+        optimizer.step()
     embedding = nn.Embedding(4, 2, sparse=True)
     optimizer = rule(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
@@ -360,3 +363,74 @@ def test_the_zero_fraction_is_that_of_the_entries_that_a_step_moves(rule):
         found = optimizer.zero_fraction()
         optimizer.step()
     assert found == pytest.approx(2 / 3)
+
+
+@every_setting
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_tensor_is_a_learning_rate_that_a_scheduler_writes_into(rule, settings, foreach):
+    ends = []
+    for lr in (0.125, torch.tensor(0.125)):
+        params = parameters()
+        optimizer = rule(params, lr, foreach=foreach, weight_decay=0.1, **settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+        for t in range(1, 6):
+            train(optimizer, params, range(t, t + 1))
+            schedule.step()
+        assert (optimizer.param_groups[0]["lr"] is lr) == isinstance(lr, torch.Tensor)
+        assert float(lr) == (0.125 if isinstance(lr, float) else 0.125 * 0.5**5)
+        ends.append(everything(params, optimizer))
+    assert_same(*ends)
+
+
+@every_rule
+@pytest.mark.parametrize("lr", [torch.tensor(-0.1), torch.tensor([0.1, 0.2])])
+def test_a_tensor_that_is_no_learning_rate_is_refused(rule, lr):
+    with pytest.raises((TypeError, ValueError), match=f"{rule.__name__}: lr=.* must be a number >= 0"):
+        rule([nn.Parameter(torch.ones(1))], lr=lr)
+
+
+@every_rule
+def test_maximizing_is_refused_in_one_line(rule):
+    group = {"params": [nn.Parameter(torch.ones(1))], "maximize": True}
+    with pytest.raises(ValueError, match=f"{rule.__name__}: maximize=True .* negative of the loss") as error:
+        rule([group])
+    assert "\n" not in str(error.value)
+    rule([{**group, "maximize": False}])
+
+
+@every_rule
+def test_named_parameters_duplicates_and_empty_groups_are_torchs(rule):
+    model = nn.Linear(2, 3)
+    optimizer = rule(model.named_parameters(), foreach=None)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    p = nn.Parameter(torch.ones(1))
+    with pytest.warns(UserWarning, match="duplicate"):
+        rule([p, p])
+    optimizer = rule([{"params": []}, {"params": [p]}])
+    p.grad = torch.ones(1)
+    optimizer.update_curvature({p: torch.ones(1)})
+    optimizer.step()
+    assert p.item() < 1
+
+
+@every_setting
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_reported_norms_are_those_of_the_step(rule, settings, dtype):
+    params, lr, decay = parameters(dtype), 0.25, 0.5
+    optimizer = rule(params, lr, (0.0, 0.9), foreach=True, **settings)
+    train(optimizer, params, range(1, 2))
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, range(2, 3))  # no estimate arrives
+    optimizer.param_groups[0]["weight_decay"] = decay
+    for i, (p, w) in enumerate(zip(params, before, strict=True)):
+        found, state = optimizer.report_per_parameter_metrics(p, str(i), {"other": 1}), optimizer.state[p]
+        expected = {"param": p, "grad": p.grad}
+        if state["hessian_step"]:
+            expected |= {"moment": state["exp_avg"], "curvature": state[AVERAGES[rule]]}
+            expected["update"] = p - w - lr * decay * p
+        assert found.pop("other") == 1 and found.keys() == {f"l2_norm/{kind}/{i}" for kind in expected}
+        for kind, tensor in expected.items():
+            rounding = 0.05 if kind == "update" and dtype == torch.bfloat16 else 1e-6
+            assert found[f"l2_norm/{kind}/{i}"] == pytest.approx(tensor.double().norm().item(), rel=rounding)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from composer.optim import DecoupledAdamW, DecoupledSGDW
 
 from composer_sassha.optim import SASSHA, AdaHessian, Sophia
 from composer_sassha.perturbations import MSAMPerturbation
-from tests.helpers import assert_same
+from tests.helpers import assert_same, copied
 from tests.perturbations.points import DTYPES, assert_displaces, displace, norm, tensors
 
 
@@ -60,6 +61,8 @@ def test_a_state_without_momentum_is_named():
         (torch.optim.RMSprop, {}),
         (torch.optim.Adadelta, {}),
         (torch.optim.Rprop, {}),
+        (torch.optim.Adafactor, {}),
+        (DecoupledSGDW, {}),
     ],
 )
 def test_an_optimizer_without_momentum_is_refused_by_name(optimizer, arguments):
@@ -69,11 +72,77 @@ def test_an_optimizer_without_momentum_is_refused_by_name(optimizer, arguments):
     assert "\n" not in str(error.value)
 
 
-def test_one_group_without_momentum_is_enough_to_refuse():
+def test_one_group_without_momentum_is_enough_to_refuse_unless_it_is_frozen():
     with_momentum, without = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     groups = [{"params": [with_momentum], "momentum": 0.9}, {"params": [without]}]
     with pytest.raises(ValueError, match="MSAM: SGD keeps no momentum"):
         MSAMPerturbation().check(torch.optim.SGD(groups, lr=0.1))
+    without.requires_grad_(False)
+    MSAMPerturbation().check(torch.optim.SGD(groups, lr=0.1))
+
+
+class Odd(torch.optim.Optimizer):
+    """Keeps a momentum under `name`, whatever its groups say, and much else of its own."""
+
+    def __init__(self, model, /, name, **settings):
+        super().__init__([*model.parameters()], settings)
+        self.name, self.steps, self.log, self.total = name, 0, [], torch.zeros(())
+        self.state["global"] = {"k": torch.tensor(0)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        self.log.append(self.steps)
+        self.total += torch.rand(())
+        self.state["global"]["k"] += 1
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.state[p].setdefault(self.name, torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                p -= 0.1 * self.state[p][self.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "keeps"),
+    [
+        ("exp_avg", {"beta1": 0.9}, True),
+        ("momentum_buffer", {}, True),
+        ("m", {"momentum": 0.9}, False),
+        ("exp_avg_sq", {"betas": (0.9, 0.99)}, False),
+    ],
+)
+def test_what_an_odd_optimizer_keeps_is_found_without_a_trace(name, settings, keeps):
+    model = torch.nn.Linear(3, 2)
+    base = Odd(model, name=name, **settings)
+    base.register_step_pre_hook(lambda *_: pytest.fail("a hook has run"))
+    before = copied([base.state_dict(), model.state_dict(), base.log, base.total, torch.get_rng_state()])
+    if keeps:
+        MSAMPerturbation().check(base)
+    else:
+        with pytest.raises(ValueError, match="MSAM: Odd keeps no momentum") as error:
+            MSAMPerturbation().check(base)
+        assert "\n" not in str(error.value)
+    now = [base.state_dict(), model.state_dict(), base.log, base.total, torch.get_rng_state()]
+    assert_same(before, copied(now))
+    assert base.steps == 0 and {*base.state} == {"global"}
+
+
+class Inner(torch.optim.SGD):
+    """Hands its steps to another optimizer of the same parameters."""
+
+    def __init__(self, params):
+        params = [*params]
+        super().__init__(params, lr=0.1)
+        self.optimizers = [torch.optim.SGD(params, lr=0.1)]
+
+    def step(self, closure=None):
+        self.optimizers[0].step()
+
+
+def test_a_momentum_that_cannot_be_looked_for_is_no_reason_to_refuse():
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad = torch.ones(1)
+    MSAMPerturbation().check(Inner([p]))
+    assert p.item() == 1
 
 
 @pytest.mark.parametrize(
@@ -85,6 +154,8 @@ def test_one_group_without_momentum_is_enough_to_refuse():
         (torch.optim.AdamW, {"amsgrad": True}),
         (torch.optim.NAdam, {}),
         (torch.optim.Adamax, {}),
+        (torch.optim.AdamW, {"fused": True}),
+        (DecoupledAdamW, {}),
         (SASSHA, {}),
         (AdaHessian, {}),
         (Sophia, {}),
