@@ -13,7 +13,7 @@ from composer.utils import MissingConditionalImportError, create_interval_schedu
 from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
 from composer_sassha.common import validate
-from composer_sassha.common.batches import unwrapped
+from composer_sassha.common.batches import Samples, unwrapped
 from composer_sassha.common.ranks import world
 from composer_sassha.common.sharding import is_sharded
 from composer_sassha.common.snapshot import Snapshot

@@ -100,8 +100,8 @@ def train(
 
 
 def save_alone(out: Path) -> None:
-    """Train the models of two ranks in this process, which has no process group, and save the ends."""
-    assert not world().groups
+    """Train the models of two ranks in this process, which is alone, and save the ends."""
+    assert not world().several
     ends = {loop: [train(loop, net(rank), rank) for rank in (0, 1)] for loop in LOOPS}
     torch.save(ends, out / "alone.pt")
 

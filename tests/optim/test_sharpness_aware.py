@@ -438,9 +438,9 @@ def test_other_attributes_are_the_base_optimizers():
 def test_only_the_second_pass_of_replicas_is_synchronized():
     # With real ranks: tests/distributed. Here: what the runner asks of the wrapped model.
     class Recorder(nn.parallel.DistributedDataParallel):
-        def __init__(self, module):  # no process group
+        def __init__(self, module):  # needs no process group; another test may have left one
             nn.Module.__init__(self)
-            self.module, self.unsynced = module, 0
+            self.module, self.unsynced, self.process_group = module, 0, torch.distributed.group.WORLD
 
         def no_sync(self):
             self.unsynced += 1
