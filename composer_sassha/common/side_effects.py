@@ -25,7 +25,7 @@ from composer_sassha.common.sharding import is_sharded
 _WRAPPERS = (DistributedDataParallel, OptimizedModule)
 # What nn.Module keeps for itself: hooks and the like. A forward may fill these dictionaries.
 _INTERNAL = frozenset(vars(nn.Module()))
-_FILLED = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+_FILLED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 _ATOMS = frozenset(
     {
@@ -44,12 +44,14 @@ class Seen:
     """What a model was at one moment; see `SideEffects.take`.
 
     Attributes:
-        containers: dictionaries, lists and the like, each with its module and a shallow copy.
+        modules: the modules' own dictionaries, each with the module's name.
+        containers: dictionaries, lists and the like in attributes, each with its module and a shallow copy.
         generators: functions that put a generator or an array back, each with its module.
         contents: of the tensors.
         watched: objects of other classes with their attributes, and where they are.
     """
 
+    modules: list[tuple[str, "_Kept"]] = field(default_factory=list)
     containers: list[tuple[str, Any, Any]] = field(default_factory=list)
     generators: list[tuple[str, Callable[[], Any]]] = field(default_factory=list)
     contents: list[Content] = field(default_factory=list)
@@ -72,7 +74,7 @@ class SideEffects:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._contents = Contents()
-        self._copies = _Copies()
+        self._known: dict[int, _Kept] = {}
         self._named: set[str] = set()
 
     def take(self, trained: Iterable[Tensor] | None = None, start: bool = False, learn: bool = True) -> Seen:
@@ -86,9 +88,9 @@ class SideEffects:
         seen = Seen()
         if trained is None:
             trained = (p for p in self.model.parameters() if p.requires_grad)
-        walk = _Walk(seen, {id(p) for p in trained}, self._copies, is_sharded(self.model))
-        self._copies.begin()
+        walk = _Walk(seen, {id(p) for p in trained}, self._known, is_sharded(self.model))
         walk.modules("", self.model)
+        self._known = {id(kept.module): kept for _, kept in seen.modules}
         size = sum(p.nbytes for p in walk.trained)
         seen.contents = self._contents.take(walk.tensors, size, start, learn)
         for where, kind in walk.unknown:
@@ -112,6 +114,9 @@ class SideEffects:
         for where in lost:
             self._name(where, "is a large tensor that no forward had changed before")
         left = {where.rpartition(".")[0] for where in lost}
+        for module, kept in seen.modules:
+            if module not in left:
+                kept.restore()
         for module, value, before in seen.containers:
             if module not in left:
                 _refill(value, before)
@@ -130,44 +135,49 @@ class SideEffects:
             )
 
 
-class _Copies:
-    """Shallow copies of containers, which are used again while nothing has changed."""
+class _Kept:
+    """What a module keeps in its dictionaries, as it was when one of them last changed.
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, Any, list[tuple[str, Any]]]] = {}
-        self._used = self._known
+    Args:
+        module: the module.
+        sharded: FSDP2 puts parts and gathered parameters into its parameters, which are left out then.
+    """
 
-    def begin(self) -> None:
-        """Forget the containers that were not met since the last call."""
-        self._known, self._used = self._used, {}
+    def __init__(self, module: nn.Module, sharded: bool) -> None:
+        self.module, found = module, vars(module)
+        self._names = [key for key in found if key not in _INTERNAL or key == "training"]
+        self._filled = [found[name] for name in _FILLED[sharded:]]
+        self._copies = [(each, each.copy()) for each in (found, *self._filled)]
+        self._state, self._sizes = self._now(), [len(each) for each, _ in self._copies]
+        # Attributes that may change although the module still has the same object.
+        self.attributes = [(key, found[key]) for key in self._names if not _is_constant(found[key])]
 
-    def of(self, value: Any) -> Any:
-        """Return a copy of a container."""
-        _, copy, _ = self._entry(value, list)
-        return copy
+    def _now(self) -> list[Any]:
+        found = vars(self.module)
+        values = (found[name] for name in self._names)
+        return [*values, *(each for filled in self._filled[:-1] for each in filled.values())]
 
-    def of_module(self, module: nn.Module) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-        """Return a copy of a module's dictionary, and the attributes that may change without it."""
-        found = vars(module)
-        _, copy, parts = self._entry(
-            found,
-            lambda: [(key, v) for key, v in found.items() if key not in _INTERNAL and not _is_constant(v)],
-        )
-        return copy, parts
+    def has_changed(self) -> bool:
+        """Whether any entry is another object than it was."""
+        if self._sizes != [len(each) for each, _ in self._copies]:
+            return True
+        try:
+            return not all(map(operator.is_, self._now(), self._state))
+        except KeyError:  # one has gone and another one come
+            return True
 
-    def _entry(self, value: Any, parts: Callable[[], Any]) -> tuple[Any, Any, list[tuple[str, Any]]]:
-        known = self._known.get(id(value))
-        if known is None or known[0] is not value or not _is_same(value, known[1]):
-            known = value, value.copy(), parts()
-        self._used[id(value)] = known
-        return known
+    def restore(self) -> None:
+        """Put back every entry, if any has changed."""
+        if self.has_changed():
+            for each, copy in self._copies:
+                _refill(each, copy)
 
 
 class _Walk:
     """Goes through all that a model keeps, each thing once."""
 
-    def __init__(self, seen: Seen, trained: set[int], copies: _Copies, sharded: bool) -> None:
-        self.seen, self._trained, self._copies, self._sharded = seen, trained, copies, sharded
+    def __init__(self, seen: Seen, trained: set[int], known: dict[int, _Kept], sharded: bool) -> None:
+        self.seen, self._trained, self._known, self._sharded = seen, trained, known, sharded
         self.tensors: list[tuple[str, Tensor]] = []
         self.trained: list[Tensor] = []
         self.unknown: list[tuple[str, str]] = []  # where, and of which class
@@ -182,18 +192,16 @@ class _Walk:
             lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
             if isinstance(module, _WRAPPERS) or lazy:
                 continue
-            found = vars(module)
-            copy, parts = self._copies.of_module(module)
-            self.seen.containers.append((name, found, copy))
-            for key, value in parts:
+            kept = self._known.get(id(module))
+            if kept is None or kept.module is not module or kept.has_changed():
+                kept = _Kept(module, self._sharded)
+            self.seen.modules.append((name, kept))
+            for key, value in kept.attributes:
                 self.look(name, key, value)
-            for key in _FILLED:
-                if key != "_parameters" or not self._sharded:  # FSDP2 puts parts and the whole in them
-                    self.seen.containers.append((name, found[key], self._copies.of(found[key])))
-            for key, value in (*found["_buffers"].items(), *found["_parameters"].items()):
+            for key, value in (*module._buffers.items(), *module._parameters.items()):
                 if id(value) in self._trained:
                     self.trained.append(value)
-                else:
+                elif value is not None:
                     self.look(name, key, value)
 
     def look(self, module: str, key: str, value: Any) -> None:
@@ -214,7 +222,7 @@ class _Walk:
                 self.tensors.append((where, value))
         elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
             if isinstance(value, _CONTAINERS):
-                self.seen.containers.append((module, value, self._copies.of(value)))
+                self.seen.containers.append((module, value, value.copy()))
             for each in value.values() if isinstance(value, dict) else value:
                 self.look(module, key, each)
         elif (put_back := _state_of(value)) is not None:
