@@ -56,8 +56,8 @@ class WeightedSum:
 
     def square(self) -> None:
         """Turn the sum of gradients into that of their mean's `empirical_fisher_diagonal`."""
-        entries = self._total[: -len(self._params)]
-        (diagonal,) = empirical_fisher_diagonal([entries / self._estimated_weight], self._count)
+        entries = self._total[: -len(self._params)].div_(self._estimated_weight)
+        (diagonal,) = empirical_fisher_diagonal([entries], self._count)
         torch.mul(diagonal, self._estimated_weight, out=entries)
 
     def average(
