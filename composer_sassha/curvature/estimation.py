@@ -146,10 +146,11 @@ class Estimation:
         used = [p for p, grad in zip(everyone, all_grads, strict=True) if grad is not None]
         grads = [grad.detach() for grad in all_grads if grad is not None]
         fraction = 1.0 if part is None or size is None else part / size
+        count = self.needs.count(evaluation, size if part is None else part) if self.needs.count else 0
 
         def weigh(weight: Tensor) -> None:
             self._skip(weight)
-            self._sum.add(diagonals, own, weight / self._gradient_scale * fraction)
+            self._sum.add(diagonals, own, weight / self._gradient_scale * fraction, count)
 
         retained = {h: h.grad.detach() / scale for h in activations if h.grad is not None}
         return stand_in(loss, used, grads, retained, weigh)
@@ -197,9 +198,8 @@ class Estimation:
 
     def _keys(self, own: int) -> list[tuple[int, ...]]:
         """One key per draw for the running microbatch, of this rank alone."""
-        microbatch = self._attached - 1
         return [
-            (self.settings.seed, self._step, own, microbatch, sample)
+            (self.settings.seed, self._step, own, self._attached - 1, sample)
             for sample in range(self.settings.samples)
         ]
 
@@ -277,6 +277,8 @@ class Estimation:
                 f"the Hessian refresh saw {self._attached} losses and {self._delivered} backwards; call "
                 "optimizer.backward(loss) instead of loss.backward(), once per loss"
             )
+        if self.needs.count is not None:
+            self._sum.square()
         return self._sum.average(self.settings.batch_fraction < 1, self.settings.floor)
 
     def forget(self) -> None:

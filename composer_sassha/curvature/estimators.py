@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from composer_sassha.common.tensors import wide_dtype
 from composer_sassha.common.validate import SettingError
-from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 from composer_sassha.curvature.finite_difference import finite_difference_diagonal
 from composer_sassha.curvature.gauss_newton import gauss_newton_diagonal, predictions
 from composer_sassha.curvature.gradients import Gradients
@@ -83,17 +83,20 @@ def _gauss_newton(batch: Microbatch) -> list[Tensor]:
     )
 
 
-def _empirical_fisher(batch: Microbatch) -> list[Tensor]:
-    _, logits, labels = batch.evaluation
+def _gradients(batch: Microbatch) -> list[Tensor]:
+    return [grad.to(wide_dtype([grad]), copy=True) for grad in batch.grads]
+
+
+def _count(evaluation: Evaluation, size: int | None) -> int | Tensor:
+    _, logits, labels = evaluation
     if labels is not None:
-        classes = None if logits is None else logits.shape[1]
-        return empirical_fisher_diagonal(batch.grads, predictions(labels, classes).sum())
-    if batch.size is None:
+        return predictions(labels, None if logits is None else logits.shape[1]).sum()
+    if size is None:
         raise ValueError(
             "LazyHessian: estimator='empirical_fisher' needs the number of predictions behind the loss; pass "
             "size= (the number of samples) or labels= to backward"
         )
-    return empirical_fisher_diagonal(batch.grads, batch.size)
+    return size
 
 
 def _finite_difference(batch: Microbatch) -> list[Tensor]:
@@ -129,6 +132,8 @@ class Estimator:
         draws: takes probes or labels at random, so that more than one sample makes sense.
         sharded: works with sharded parameters, whose gradients come out of an ordinary backward alone.
         smooth: is for networks without kinks, in full precision.
+        count: the number of predictions B in a microbatch. With it, `diagonal` returns the gradient, and the
+            estimate is `B * g * g` for the whole pass, which squares of microbatches do not add up to.
     """
 
     diagonal: Callable[[Microbatch], list[Tensor]]
@@ -140,11 +145,12 @@ class Estimator:
     draws: bool = True
     sharded: bool = False
     smooth: bool = False
+    count: Callable[[Evaluation, int | None], int | Tensor] | None = None
 
 
 ESTIMATORS: dict[str, Estimator] = {
     "hutchinson": Estimator(_hutchinson, second_order=True),
     "gauss_newton": Estimator(_gauss_newton, retains_graph=True, predictions=True, sharded=True),
-    "empirical_fisher": Estimator(_empirical_fisher, eager=False, predictions=True, draws=False),
+    "empirical_fisher": Estimator(_gradients, eager=False, predictions=True, draws=False, count=_count),
     "finite_difference": Estimator(_finite_difference, evaluates_again=True, sharded=True, smooth=True),
 }

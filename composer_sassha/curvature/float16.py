@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_sassha.common.replaced import replaced
+
 # The functions behind torch.nn's normalizations over samples or pixels. On a GPU, autocast already runs all
 # other normalizations in float32.
 _NORMS = ("batch_norm", "instance_norm")
@@ -29,13 +31,11 @@ class NormsInFloat32:
     # checkpoint recomputes within autograd.
 
     def __enter__(self) -> None:
-        self._replaced = {name: getattr(torch, name) for name in _NORMS}
-        for name, norm in self._replaced.items():
-            setattr(torch, name, _in_float32(norm))
+        self._replaced = replaced((torch, name, _in_float32) for name in _NORMS)
+        self._replaced.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        for name, norm in self._replaced.items():
-            setattr(torch, name, norm)
+        self._replaced.__exit__(None, None, None)
 
 
 def _in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from composer_sassha.common.ranks import ALONE, Ranks
 from composer_sassha.common.sharding import Shards, local
 from composer_sassha.common.tensors import unflatten, wide_dtype
+from composer_sassha.curvature.empirical_fisher import empirical_fisher_diagonal
 
 
 class WeightedSum:
@@ -32,21 +33,32 @@ class WeightedSum:
         self._total = torch.zeros(size, dtype=wide_dtype(params), device=params[0].device)
         self.batch_weight: Tensor | float = 0.0
         self._estimated_weight: Tensor | float = 0.0  # of the samples that were estimated on
+        self._count: Tensor | int = 0
 
-    def add(self, diagonals: Sequence[Tensor], own: Sequence[int], weight: Tensor) -> None:
+    def add(
+        self, diagonals: Sequence[Tensor], own: Sequence[int], weight: Tensor, count: int | Tensor = 0
+    ) -> None:
         """Add an estimate.
 
         Args:
             diagonals: of the parameters that were used; they are overwritten.
             own: their positions.
             weight: of the samples that were estimated on.
+            count: the number of predictions among them, for `square`.
         """
         self._estimated_weight = self._estimated_weight + weight
+        self._count = self._count + count * (weight != 0)  # ESAM pads with samples of weight 0
         if own:
             entries, uses = self._split()
             torch._foreach_mul_(list(diagonals), weight)
             torch._foreach_add_([entries[i] for i in own], list(diagonals))
             torch._foreach_add_([uses] if len(own) == len(uses) else [uses[i] for i in own], 1)
+
+    def square(self) -> None:
+        """Turn the sum of gradients into that of their mean's `empirical_fisher_diagonal`."""
+        entries = self._total[: -len(self._params)].div_(self._estimated_weight)
+        (diagonal,) = empirical_fisher_diagonal([entries], self._count)
+        torch.mul(diagonal, self._estimated_weight, out=entries)
 
     def average(
         self, of_a_part: bool, floor: float = 0.0

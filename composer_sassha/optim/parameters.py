@@ -86,8 +86,7 @@ class ParameterView:
 
     def refuse_sparse(self) -> None:
         """Raise RuntimeError if a gradient is sparse."""
-        if any(p.grad is not None and p.grad.is_sparse for p in self.all):
-            raise RuntimeError("sparse gradients cannot perturb; build the embedding with sparse=False")
+        _refuse_sparse([p.grad for p in self.all], "perturb")
 
     def point(self, **known: Any) -> Point:
         """Return what a perturbation's program can know; `known` is the rest of it."""
@@ -116,6 +115,7 @@ class ParameterView:
         if average and self.ranks.several and (others := self._others()):
             # No pass was synchronized, so that theirs are not averaged either.
             params, grads = [*params, *others], [p.grad for p in others]
+            _refuse_sparse(grads, "be averaged with the update")
             update = torch.cat([update, flatten(grads, like=others)])
         used = [p.grad is not None for p in params]
         if average and self.ranks.several:
@@ -133,6 +133,11 @@ class ParameterView:
             if p.grad is None:  # another rank has used it
                 p.grad = torch.empty_like(p)
         copy_into(local(p.grad for p, _ in chosen), [piece for _, piece in chosen])
+
+
+def _refuse_sparse(grads: Sequence[Tensor | None], what: str) -> None:
+    if any(grad is not None and grad.is_sparse for grad in grads):
+        raise RuntimeError(f"sparse gradients cannot {what}; build the embedding with sparse=False")
 
 
 class _States(Sequence[Mapping[str, Any]]):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from composer_sassha import MSAM, SAM, SASSHA, LazyHessian, SharpnessAwareOptimizer
 from composer_sassha.curvature import ESTIMATORS, Evaluation, LazyCurvature
+from composer_sassha.optim.parameters import Memory, ParameterView
 from composer_sassha.perturbations import (
     GSAMPerturbation,
     LookSAMPerturbation,
@@ -220,3 +222,13 @@ def test_the_trainer_leaves_bystanders_what_plain_training_does(algorithms):
         run.close()
         ends.append([net.prompt.grad, net.head.weight.grad, net.head.bias.grad])
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients_that_ranks_would_average_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2))
+    view = ParameterView(torch.optim.SGD(model[1].parameters(), lr=0.1), model)
+    view.ranks = SimpleNamespace(several=True)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradients cannot be averaged with the update; build"):
+        view.set_gradient(torch.zeros(6), Memory(view, None), average=True)
