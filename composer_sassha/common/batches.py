@@ -55,8 +55,8 @@ def copied(batch: Any, of: Callable[[Tensor], Any] = writable, known: dict[int, 
     try:
         with _EachTensor(of):
             found = copy.deepcopy(batch, copies)
-    except Exception:  # a class may raise anything
-        if isinstance(batch, Tensor):
+    except Exception as error:  # a class may raise anything
+        if isinstance(batch, Tensor) or isinstance(error, MemoryError):
             raise
         known[id(batch)] = batch  # a part may refer to the whole
         parts = {key: copied(part, of, known) for key, part in _members(batch).items()}

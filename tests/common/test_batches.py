@@ -135,11 +135,12 @@ def test_what_cannot_be_copied_is_shared():
     assert_same([batch["x"][0], read_only["x"], again["uncopied"].x], [rows(4)] * 3)
 
 
-def test_a_lack_of_memory_for_a_copy_is_raised():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_for_a_copy_is_raised(error):
     def of(tensor):
-        raise torch.OutOfMemoryError
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error):
         copied({"x": [rows(4)]}, of)
 
 
