@@ -24,7 +24,8 @@ def samples_of(data: DataSpec) -> Samples:
 
     def count(batch: Any) -> float:
         try:
-            return data.get_num_samples_in_batch(batch)
+            number = float(data.get_num_samples_in_batch(batch))
+            return int(number) if number.is_integer() else number
         except (ValueError, NotImplementedError):  # Composer's own knows fewer types
             return size_of(batch)
 

@@ -14,7 +14,7 @@ from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.algorithms.given import CUTTABLE, Given
 from composer_sassha.algorithms.predictions import predictions
-from composer_sassha.common.batches import Indivisible, Samples, copied, shared, unwrapped
+from composer_sassha.common.batches import Indivisible, Samples, copied, select, shared, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import Evaluation, LazyCurvature
@@ -226,15 +226,17 @@ class _Replay:
         with self.before.again():  # until this loss has been differentiated
             with get_precision_context(state.precision, state.precision_config):
                 outputs = model(first)
-                batch = self.given.for_loss(first, lambda part: self._first(part, count, Samples()))
+                batch = self.given.for_loss(first, lambda part: self._first(part, count, inside=True))
                 found = predictions(model, outputs, batch, given)
                 loss = model.loss(outputs, batch)
             yield Evaluation(total_loss(loss), *found)
 
-    def _first(self, batch: Any, count: int, samples: Samples | None = None) -> Any:
-        """Return the first samples of the microbatch, or of a part of it."""
+    def _first(self, batch: Any, count: int, inside: bool = False) -> Any:
+        """Return the first samples of the microbatch, or of a part `inside` of it."""
         try:
-            return (samples or self.samples).first(batch, count, self.size)
+            if inside:
+                return select(batch, slice(count), self.size, inside) if count < self.size else batch
+            return self.samples.first(batch, count, self.size)
         except Indivisible as error:
             raise SettingError(
                 f"LazyHessian: a batch_fraction below 1 takes the first {count} samples of a microbatch, and "

@@ -51,7 +51,8 @@ class TrainerPasses(PassRunner):
             return closure(ddp_sync=sync)
         # The closure updates these and logs `loss_dict`, whichever pass it runs: give it others to write to.
         # The seen outputs are not kept: they would be one batch of logits more at the peak of this pass.
-        seen = state.train_metrics, tree_map(_detached, state.loss)
+        # There is no loss after an out-of-memory error, when the Trainer deletes it to try again.
+        seen = state.train_metrics, tree_map(_detached, getattr(state, "loss", torch.Tensor()))
         state.train_metrics, state.loss, state.outputs = {}, torch.Tensor(), torch.Tensor()
         try:
             return closure(ddp_sync=sync, loss_dict={})
@@ -71,7 +72,7 @@ class TrainerPasses(PassRunner):
             return None
 
         # Not in another list: the engine sorts algorithms by their class, and others look for theirs.
-        algorithms = list(dict.fromkeys(self.state.algorithms))
+        algorithms = {id(algorithm): algorithm for algorithm in self.state.algorithms}.values()
         own = [vars(algorithm).get("apply") for algorithm in algorithms]
         for algorithm in algorithms:
             vars(algorithm)["apply"] = functools.partial(postpone, algorithm.apply)
@@ -103,7 +104,8 @@ class TrainerPasses(PassRunner):
         """
         # Composer's State leads to neither, but the variables of the Trainer's closure do.
         closure = inspect.unwrap(closure)
-        variables = dict(zip(closure.__code__.co_freevars, closure.__closure__ or (), strict=True))
+        names = getattr(getattr(closure, "__code__", None), "co_freevars", ())
+        variables = dict(zip(names, getattr(closure, "__closure__", None) or (), strict=True))
         if not {"self", "microbatches"} <= variables.keys():
             return  # a Trainer with a closure of its own
         self.samples = samples_of(variables["self"].cell_contents._train_data_spec)

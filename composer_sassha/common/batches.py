@@ -1,8 +1,10 @@
 """Batches of any type: copy them, count and cut their samples; and the bare model that takes them."""
 
+import contextlib
 import copy
+import copyreg
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,18 +39,32 @@ def writable(tensor: Tensor) -> Tensor:
     return tensor if tensor.requires_grad else tensor.clone()
 
 
-def copied(batch: Any, of: Callable[[Tensor], Any] = writable) -> Any:
+def copied(batch: Any, of: Callable[[Tensor], Any] = writable, known: dict[int, Any] | None = None) -> Any:
     """Return a copy of a batch of any type, because a forward may edit the one that it is given.
 
     All containers are new. Plain `deepcopy` copies the whole storage of a microbatch that is a view, and
-    refuses tensors with a graph.
+    refuses tensors with a graph. A part that cannot be copied, such as an open file, is shared.
 
     Args:
         batch: tensors in containers of any type and depth.
         of: returns what stands for a tensor; `shared` is the tensor itself. Default: `writable`, a copy.
+        known: the copies of parts by their id, for `deepcopy`.
     """
-    with _EachTensor(of):
-        return copy.deepcopy(batch)
+    known = {} if known is None else known
+    copies = dict(known)  # a failed deepcopy leaves half-filled containers
+    try:
+        with _EachTensor(of):
+            found = copy.deepcopy(batch, copies)
+    except Exception as error:  # a class may raise anything
+        if isinstance(batch, Tensor) or isinstance(error, MemoryError):
+            raise
+        known[id(batch)] = batch  # a part may refer to the whole
+        parts = {key: copied(part, of, known) for key, part in _members(batch).items()}
+        with contextlib.suppress(Exception):
+            known[id(batch)] = _with_members(batch, parts) if parts else batch
+        return known[id(batch)]
+    known.update(copies)
+    return found
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -76,7 +92,7 @@ def _members(batch: Any) -> dict[Any, Any]:
         return dict(enumerate(batch))
     if isinstance(batch, (*_ARRAYS, nn.Module, type)) or callable(batch):
         return {}
-    slots = getattr(type(batch), "__slots__", ())
+    slots: list[str] = copyreg._slotnames(type(batch))  # type: ignore[attr-defined]  # inherited ones too
     return {**getattr(batch, "__dict__", {}), **{n: getattr(batch, n) for n in slots if hasattr(batch, n)}}
 
 
@@ -85,7 +101,12 @@ def _with_members(batch: Any, members: Mapping[Any, Any]) -> Any:
     if isinstance(batch, (tuple, list)):
         items = list(members.values())
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, Mapping) and not isinstance(batch, MutableMapping):
+        return type(batch)(members)  # type: ignore[call-arg]
     chosen: Any = copy.copy(batch)
+    if isinstance(batch, Mapping) and not isinstance(batch, dict):  # its copy may share what it stores
+        own = getattr(chosen, "__dict__", {})
+        own.update({name: dict(part) for name, part in own.items() if type(part) is dict})
     for key, value in members.items():
         if isinstance(batch, Mapping):
             chosen[key] = value
@@ -131,6 +152,8 @@ def changed(batch: Any, by: Any, of: Callable[[Any], Any] = lambda part: part) -
     ours, theirs = _members(batch), _members(by)
     if not ours or not theirs:
         return of(by)
+    if isinstance(batch, list) and len(ours) < len(theirs):  # the first of a list of samples
+        return _with_members(batch, {key: changed(part, theirs[key]) for key, part in ours.items()})
     return _with_members(
         batch, ours | {key: changed(ours.get(key), part, of) for key, part in theirs.items()}
     )

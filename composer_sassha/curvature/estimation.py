@@ -211,7 +211,7 @@ class Estimation:
             raise ValueError(_what_a_fraction_needs(self.settings.batch_fraction))
         left = max(1, round(self.settings.batch_fraction * batch_size)) - self._samples_seen
         self._samples_seen += size
-        return None if size <= left else max(0, left)
+        return None if size <= left else max(0, int(left))  # a DataSpec may count in fractions
 
     def _estimate(
         self,

@@ -139,7 +139,7 @@ def test_out_of_memory_anywhere_is_retried_from_w(name, monkeypatch):
     assert_same(expected, result)
 
 
-@pytest.mark.parametrize("name", ["sam_sgd", "esam_sgd", "sassha", "msassha"])
+@pytest.mark.parametrize("name", ["sam_sgd", "esam_sgd", "sassha", "msassha", "sassha_partial_ascent"])
 def test_out_of_memory_again_and_on_the_first_batch(name):
     method = NAMED[name]
     probe = Memory(0)

@@ -479,10 +479,11 @@ def test_gradient_clipping_leaves_the_displacement(kind):
     assert torch.equal(*seen)
 
 
+@dataclass  # so that it cannot be hashed
 class Halves(Algorithm):
     """A user's own edit of the gradient, which also has something to do on another event."""
 
-    forwards = 0
+    forwards: int = 0
 
     def match(self, event, state):
         return event in (Event.BEFORE_FORWARD, Event.AFTER_TRAIN_BATCH)

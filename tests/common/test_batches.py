@@ -1,8 +1,10 @@
 """Batches of any type: copies, changes, the number of samples, and parts."""
 
+import threading
 from collections import UserDict, namedtuple
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,7 @@ def rows(count, *shape):
 
 def parts_of(batch):
     """Return what a container holds, as a dictionary."""
-    if isinstance(batch, (dict, UserDict)):
+    if isinstance(batch, MutableMapping):
         return dict(batch)
     if isinstance(batch, (list, tuple)):
         return dict(enumerate(batch))
@@ -52,9 +54,32 @@ def parts_of(batch):
     return {name: getattr(batch, name) for name in names}
 
 
+class Stored(MutableMapping):
+    """Keeps its entries in a dictionary, which `copy.copy` shares."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def __delitem__(self, key):
+        del self.entries[key]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
 CONTAINERS = {
     "dict": lambda x, y: {"x": x, "y": y},
     "userdict": lambda x, y: UserDict(x=x, y=y),
+    "mapping": lambda x, y: Stored(x=x, y=y),
     "list": lambda x, y: [x, y],
     "tuple": lambda x, y: (x, y),
     "namedtuple": Pair,
@@ -85,6 +110,59 @@ def test_a_copy_has_containers_and_tensors_of_its_own(build):
 def test_a_copy_of_a_view_does_not_copy_what_it_is_a_view_of():
     part = torch.zeros(1000, 10).split(10)[3]
     assert copied([part])[0].untyped_storage().nbytes() == 10 * 10 * 4
+
+
+class Uncopied:
+    """Refuses copies, as an object does that finds its attributes by `__getattr__`."""
+
+    def __init__(self, **parts):
+        self.parts = parts
+
+    def __getattr__(self, name):
+        return self.parts[name]
+
+
+def test_what_cannot_be_copied_is_shared():
+    lock, x, read_only = threading.Lock(), rows(4), MappingProxyType({"x": rows(4)})
+    batch = {"x": [x], "same": x, "lock": lock, "read_only": read_only, "object": Frozen(x, lock)}
+    batch["whole"] = batch
+    batch["uncopied"] = Uncopied(x=x, lock=lock)
+    again = copied(batch)
+    again["x"][0].zero_()
+    assert again["same"] is again["x"][0] is again["object"].x and again["lock"] is lock
+    assert again["object"].y is lock and type(again["read_only"]) is MappingProxyType
+    again["read_only"]["x"].zero_()
+    assert_same([batch["x"][0], read_only["x"], again["uncopied"].x], [rows(4)] * 3)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_for_a_copy_is_raised(error):
+    def of(tensor):
+        raise error
+
+    with pytest.raises(error):
+        copied({"x": [rows(4)]}, of)
+
+
+class Inherited(Slotted):
+    __slots__ = "weight"  # one name
+
+
+def test_inherited_slots_are_counted_and_cut():
+    batch = Inherited(rows(4), rows(4))
+    batch.weight = rows(4)
+    part = select(batch, slice(1), size_of(batch))
+    assert [len(part.x), len(part.y), len(part.weight)] == [1, 1, 1]
+
+
+def test_the_first_of_a_list_of_samples_take_their_own_changes():
+    samples = [{"x": rows(3), "y": i} for i in range(4)]
+    before = copied(samples, Version.of)
+    for sample in samples:
+        sample["y"] += 10
+    left = [{"x": rows(3), "y": i} for i in range(2)]
+    again = changed(left, changes(before, samples), lambda part: part[:2])
+    assert [sample["y"] for sample in again] == [10, 11] and [len(sample["x"]) for sample in again] == [3, 3]
 
 
 def test_a_copy_keeps_a_tensor_that_requires_a_gradient():
