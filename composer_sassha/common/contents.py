@@ -29,7 +29,7 @@ class Content:
     Attributes:
         where: its place in the model, such as `encoder.running_mean`.
         tensor: the tensor.
-        mark: changes when the content of a large tensor does, see `_mark`; None: the tensor is small.
+        mark: changes when the content does, see `_mark`; None: the tensor is small, and always copied.
         copy: of its content; None: it is only watched.
     """
 
@@ -75,10 +75,9 @@ class Contents:
             if tensor.is_inference() or is_lazy(tensor):  # neither has a version
                 continue
             size = tensor.numel() * tensor.element_size()
-            if size <= SMALL:
-                if _is_writable(tensor):
-                    lacking.append(Content(where, tensor, None))
-                    found.append(lacking[-1])
+            if size <= SMALL and _is_writable(tensor):
+                lacking.append(Content(where, tensor, None))
+                found.append(lacking[-1])
                 continue
             while where in met:  # several in one list
                 where += "'"

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from composer_sassha.common.contents import Contents
 from composer_sassha.common.sharding import is_sharded
-from composer_sassha.common.walk import Seen, Walk, refill
+from composer_sassha.common.values import attributes_of, is_same, refill
+from composer_sassha.common.walk import Seen, Walk
 
 
 class SideEffects:
@@ -42,8 +43,7 @@ class SideEffects:
             trained = (p for p in self.model.parameters() if p.requires_grad)
         walk, ids = self._walk, {id(p) for p in trained}
         if walk is None or walk.trained_ids != ids or walk.has_changed():
-            known = {} if walk is None else {id(kept.module): kept for _, kept in walk.seen.modules}
-            walk = self._walk = Walk(ids, known, is_sharded(self.model))
+            walk = self._walk = Walk(ids, walk, is_sharded(self.model))
             walk.modules("", self.model)
             for where, kind in walk.unknown:
                 self._name(where, f"is a {kind}, whose position cannot be put back")
@@ -60,12 +60,15 @@ class SideEffects:
 
     def restore(self, seen: Seen) -> None:
         """Make the model what it was."""
+        lost = dict.fromkeys(
+            self._contents.lost(seen.contents),
+            "is a large tensor that no forward had changed before, or one of a class that cannot be copied",
+        )
         for where, value, before in seen.watched:
-            if any(before.get(name) is not now for name, now in vars(value).items()):
-                self._name(where, f"is a {type(value).__name__} that a forward changes")
-        lost = self._contents.lost(seen.contents)
-        for where in lost:
-            self._name(where, "is a large tensor that no forward had changed before")
+            if not is_same(attributes_of(value), before):
+                lost[where] = f"is a {type(value).__name__} that a forward changes"
+        for where, what in lost.items():
+            self._name(where, what)
         left = {where.rpartition(".")[0] for where in lost}
         for module, kept in seen.modules:
             if module not in left:

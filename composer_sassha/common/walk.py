@@ -1,10 +1,7 @@
 """A walk through all that a model keeps: buffers, parameters, attributes, and what is in those."""
 
 import operator
-import random
-import types
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,28 +10,34 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
+from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from composer_sassha.common.contents import Content
+from composer_sassha.common.contents import SMALL, Content
+from composer_sassha.common.values import (
+    ATOMS,
+    CONTAINERS,
+    HOLDERS,
+    attributes_of,
+    copied,
+    entries_of,
+    fill_slots,
+    is_constant,
+    is_foreign,
+    is_same,
+    plain_parts,
+    refill,
+    slots_of,
+    state_of,
+    state_of_script,
+)
 
 # Their attributes are their own business: a reducer, compiled code.
 _WRAPPERS = (DistributedDataParallel, OptimizedModule)
 # What nn.Module keeps for itself: hooks and the like. A forward may fill these dictionaries.
 _INTERNAL = frozenset(vars(nn.Module()))
 _FILLED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-_ATOMS = frozenset(
-    {
-        *(type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.dtype, torch.device),
-        *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, torch.Size),
-    }
-)
-_CONTAINERS = (dict, list, set, deque)
-_DATA = (*_CONTAINERS, tuple, Tensor, np.ndarray)
-# Objects of these libraries are neither data of the model nor watched.
-_LIBRARIES = frozenset({"torch", "composer", "composer_sassha", "lightning", "pytorch_lightning", "builtins"})
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Seen:
     Attributes:
         modules: the modules' own dictionaries, each with the module's name.
         containers: dictionaries, lists and the like in attributes, each with its module and a shallow copy.
-        generators: functions that put a generator or an array back, each with its module.
+        generators: functions that put back what is no container, such as a generator, each with its module.
         contents: of the tensors.
         watched: objects of other classes with their attributes, and where they are.
     """
@@ -71,7 +74,7 @@ class Kept:
         self._copies = [(each, each.copy()) for each in (found, *self._filled)]
         self._state, self._sizes = self._now(), [len(each) for each, _ in self._copies]
         # Attributes that may change although the module still has the same object.
-        self.attributes = [(key, found[key]) for key in self._names if not _is_constant(found[key])]
+        self.attributes = [(key, found[key]) for key in self._names if not is_constant(found[key])]
 
     def _now(self) -> list[Any]:
         found = vars(self.module)
@@ -99,12 +102,16 @@ class Walk:
 
     Args:
         trained: the ids of parameters that are left out.
-        known: what modules kept in the walk before, by their ids.
+        before: the latest walk; None: there is none.
         sharded: whether FSDP2 shards the model.
     """
 
-    def __init__(self, trained: set[int], known: dict[int, Kept], sharded: bool) -> None:
-        self.seen, self.trained_ids, self._known, self._sharded = Seen(), trained, known, sharded
+    def __init__(self, trained: set[int], before: "Walk | None", sharded: bool) -> None:
+        self.seen, self.trained_ids, self._sharded = Seen(), trained, sharded
+        self._known = {} if before is None else {id(kept.module): kept for _, kept in before.seen.modules}
+        self._arrays_before = {} if before is None else before._arrays
+        self._arrays: dict[int, Tensor] = {}  # large ones, as tensors
+        self._plain: set[int] = set()  # the ids of what can be put back, with all that is in it
         self.tensors: list[tuple[str, Tensor]] = []
         self.trained, self.lazy = 0, False  # bytes; and whether a lazy module has been left out
         self.unknown: list[tuple[str, str]] = []  # where, and of which class
@@ -114,9 +121,10 @@ class Walk:
         """Whether another walk would find other things, or things that only a walk can look at."""
         seen = self.seen
         return (
-            bool(self.lazy or seen.generators or seen.watched)
+            bool(self.lazy or seen.generators)
             or any(kept.has_changed() for _, kept in seen.modules)
-            or not all(_is_same(value, before) for _, value, before in seen.containers)
+            or not all(is_same(value, before) for _, value, before in seen.containers)
+            or not all(is_same(attributes_of(value), before) for _, value, before in seen.watched)
         )
 
     def modules(self, path: str, model: nn.Module) -> None:
@@ -130,12 +138,15 @@ class Walk:
             self.lazy |= lazy
             if isinstance(module, _WRAPPERS) or lazy:
                 continue
-            kept = self._known.get(id(module))
-            if kept is None or kept.module is not module or kept.has_changed():
-                kept = Kept(module, self._sharded)
-            self.seen.modules.append((name, kept))
-            for key, value in kept.attributes:
-                self.look(name, key, value)
+            if isinstance(module, ScriptModule):  # Python sees nothing of what it keeps
+                self.seen.generators.append((name, state_of_script(module)))
+            else:
+                kept = self._known.get(id(module))
+                if kept is None or kept.module is not module or kept.has_changed():
+                    kept = Kept(module, self._sharded)
+                self.seen.modules.append((name, kept))
+                for key, value in kept.attributes:
+                    self.look(name, key, value)
             for key, value in (*module._buffers.items(), *module._parameters.items()):
                 if id(value) in self.trained_ids:
                     self.trained += value.nbytes
@@ -143,87 +154,65 @@ class Walk:
                     self.look(name, key, value)
 
     def look(self, module: str, key: str, value: Any) -> None:
-        """Look at one value under an attribute of a module."""
+        """Look at one value under an attribute of a module, and at all that is in it."""
         where = f"{module}.{key}" if module else key
-        if isinstance(value, nn.Module):
-            self.modules(where, value)
-            return
-        if type(value) in _ATOMS or id(value) in self._met:
-            return
-        self._met.add(id(value))
-        if isinstance(value, Tensor):
-            # FSDP2 frees the memory of parameters that it has gathered. And a tensor with a graph was made by
-            # a forward, and is not written to.
-            parameter = isinstance(value, nn.Parameter)
-            gathered = parameter and self._sharded and not isinstance(value, DTensor)
-            if id(value) not in self.trained_ids and not gathered and (parameter or not value.requires_grad):
-                self.tensors.append((where, value))
-        elif isinstance(value, (*_CONTAINERS, tuple, frozenset)):
-            if isinstance(value, _CONTAINERS):
-                self.seen.containers.append((module, value, value.copy()))
-            for each in value.values() if isinstance(value, dict) else value:
-                self.look(module, key, each)
-        elif (put_back := _state_of(value)) is not None:
-            self.seen.generators.append((module, put_back))
-        elif isinstance(value, Iterator):
-            self.unknown.append((where, type(value).__name__))
-        else:
-            self._object(module, key, value)
+        todo = [value]  # no recursion: lists may be linked
+        for value in todo:
+            if type(value) in ATOMS:
+                continue
+            if isinstance(value, nn.Module):
+                self.modules(where, value)
+                continue
+            if id(value) in self._met:
+                continue
+            self._met.add(id(value))
+            if isinstance(value, Tensor):
+                # FSDP2 frees the memory of parameters that it has gathered. And a tensor with a graph was
+                # made by a forward, and is not written to.
+                parameter = isinstance(value, nn.Parameter)
+                gathered = parameter and self._sharded and not isinstance(value, DTensor)
+                mine = id(value) not in self.trained_ids and not gathered
+                if mine and (parameter or not value.requires_grad):
+                    self.tensors.append((where, value))
+            elif (view := self._array(value)) is not None:
+                self.tensors.append((where, view))
+            elif (put_back := state_of(value)) is not None:
+                self.seen.generators.append((module, put_back))
+            elif isinstance(value, Iterator):
+                self.unknown.append((where, type(value).__name__))
+            else:
+                if isinstance(value, CONTAINERS):
+                    self.seen.containers.append((module, value, copied(value)))
+                if isinstance(value, HOLDERS):
+                    todo.extend(each for each in entries_of(value) if type(each) not in ATOMS)
+                todo.extend(self._object(module, where, value))
 
-    def _object(self, module: str, key: str, value: Any) -> None:
-        library = type(value).__module__.partition(".")[0]
-        if library in _LIBRARIES or isinstance(value, Optimizer) or not hasattr(value, "__dict__"):
-            return
-        found = vars(value)
-        if all(
-            isinstance(each, (*_ATOMS, *_CONTAINERS, tuple, Tensor, np.ndarray)) for each in found.values()
-        ):
-            self.seen.containers.append((module, found, dict(found)))
-            for each in list(found.values()):
-                self.look(module, key, each)
-        else:
-            self.seen.watched.append((f"{module}.{key}" if module else key, value, dict(found)))
+    def _array(self, value: Any) -> Tensor | None:
+        """Return a large array as a tensor, which is copied only if a forward changes it."""
+        if not isinstance(value, np.ndarray) or value.nbytes <= SMALL or not value.flags.writeable:
+            return None
+        view = self._arrays_before.get(id(value))
+        if view is None:
+            try:
+                view = torch.from_numpy(value)
+            except (TypeError, ValueError):  # of a kind that PyTorch has not
+                return None
+        self._arrays[id(value)] = view
+        return view
 
-
-def _state_of(value: Any) -> Callable[[], Any] | None:
-    """Return a function that puts a generator or an array back to what it is now; None: it is neither."""
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
-    if isinstance(value, random.Random):
-        drawn = value.getstate()
-        return lambda: value.setstate(drawn)
-    if isinstance(value, np.random.RandomState):
-        legacy = value.get_state()
-        return lambda: value.set_state(legacy)
-    if isinstance(value, np.random.Generator):
-        bits, position = value.bit_generator, value.bit_generator.state
-        return lambda: setattr(bits, "state", position)
-    if isinstance(value, np.ndarray):
-        copy = value.copy()
-        return lambda: np.copyto(value, copy) if value.flags.writeable else None
-    return None
-
-
-def _is_constant(value: Any) -> bool:
-    return type(value) in _ATOMS or (type(value) is tuple and all(type(each) in _ATOMS for each in value))
-
-
-def _is_same(value: Any, before: Any) -> bool:
-    """Whether a container holds the very same objects in the same order."""
-    if isinstance(value, set):
-        return bool(value == before)
-    if len(value) != len(before):
-        return False
-    if isinstance(value, dict):
-        return all(map(operator.is_, value.values(), before.values())) and all(
-            map(operator.is_, value, before)
-        )
-    return all(map(operator.is_, value, before))
-
-
-def refill(value: Any, before: Any) -> None:
-    """Put back what a container held."""
-    if not _is_same(value, before):
-        value.clear()
-        (value.extend if isinstance(value, (list, deque)) else value.update)(before)
+    def _object(self, module: str, where: str, value: Any) -> Iterable[Any]:
+        """Keep the attributes of an object, or watch them; return those that are to be looked at."""
+        found = attributes_of(value)
+        if found is None or is_foreign(value):
+            return ()
+        if id(value) not in self._plain:
+            parts = plain_parts(value, self._plain)
+            if parts is None:
+                self.seen.watched.append((where, value, found))
+                return ()
+            self._plain |= parts
+        if hasattr(value, "__dict__"):
+            self.seen.containers.append((module, vars(value), dict(vars(value))))
+        if slots_of(type(value)):
+            self.seen.generators.append((module, lambda: fill_slots(value, found)))
+        return found.values()

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 
-def nodes(output: Tensor) -> list[Node]:
+def nodes(output: Tensor | GradientEdge) -> list[Node]:
     """Return all nodes of a tensor's autograd graph, each once, in an order that the graph determines.
 
     Example:
@@ -16,7 +16,7 @@ def nodes(output: Tensor) -> list[Node]:
         ['ExpBackward0', 'SumBackward0', 'torch::autograd::AccumulateGrad']
     """
     seen: dict[Node, None] = {}
-    ahead = [output.grad_fn]
+    ahead = [output.node if isinstance(output, GradientEdge) else output.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
@@ -25,7 +25,7 @@ def nodes(output: Tensor) -> list[Node]:
     return list(seen)
 
 
-def leaves(output: Tensor, besides: Iterable[Tensor] = ()) -> list[Tensor]:
+def leaves(output: Tensor | GradientEdge, besides: Iterable[Tensor] = ()) -> list[Tensor]:
     """Return the leaves that a backward of a tensor reaches, without those in `besides`.
 
     Example:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from composer_sassha.common.replaced import replaced
 from composer_sassha.curvature.graph import leaves
@@ -26,7 +27,8 @@ def bystanders_spared(params: Sequence[Tensor]) -> Iterator[None]:
             nonlocal within
             if within:
                 return backward(tensors, *args, **kwargs)
-            for loss in (tensors,) if isinstance(tensors, Tensor) else tensors:
+            tensors = (tensors,) if isinstance(tensors, (Tensor, GradientEdge)) else tuple(tensors)
+            for loss in tensors:
                 for leaf in leaves(loss, besides=[*params, *before]):
                     before[leaf], leaf.grad = leaf.grad, None
             within = True

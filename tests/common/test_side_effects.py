@@ -1,10 +1,12 @@
 """What a forward changes in its model: each step leaves what one pass leaves, and a failed step nothing."""
 
+import array
 import copy
+import enum
 import random
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -342,6 +344,138 @@ def test_a_measurement_leaves_nothing_from_one_evaluation_to_the_next(kind):
     assert_same(before, state_of(model))
 
 
+class Slotted:
+    __slots__ = ("n", "new")
+
+    def __init__(self):
+        self.n = 0
+
+
+class Refusing(OrderedDict):
+    """Such as the outputs of transformers: only written to by key."""
+
+    def update(self, *_, **__):
+        raise TypeError
+
+    copy = update
+
+
+class Entries(list):
+    n = 0
+
+
+class Holder:
+    def __init__(self, part):
+        self.part, self.kind = part, Phase.LATER
+
+
+class Phase(enum.Enum):
+    LATER = 1
+
+
+class Script(nn.Module):
+    n: int
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.norm = 0, nn.BatchNorm1d(6)
+        self.register_buffer("sum", torch.zeros(()))
+
+    def forward(self, x):
+        self.n += 1
+        self.sum = self.sum + x.sum()
+        return self.norm(x)
+
+
+def add_attribute(value):
+    value.n += 1
+
+
+def add_entry(key):
+    def add(value):
+        value[key] += 1
+
+    return add
+
+
+def nested():
+    inner = []
+    for _ in range(2000):
+        inner = [inner]
+    return [*inner, 0]
+
+
+OBJECTS = {
+    "slots": (Slotted, add_attribute, lambda value: value.n),
+    "a slot that was empty": (Slotted, lambda value: setattr(value, "new", value.n), lambda value: value.new),
+    "an object in an object": (
+        lambda: Holder(Slotted()),
+        lambda v: add_attribute(v.part),
+        lambda v: v.part.n,
+    ),
+    "a module in an object": (
+        lambda: Holder(nn.BatchNorm1d(2)),
+        lambda value: value.part(torch.ones(3, 2)),
+        lambda value: value.part.num_batches_tracked.item(),
+    ),
+    "a dictionary that refuses": (lambda: Refusing(n=0), add_entry("n"), lambda value: value["n"]),
+    "an attribute of a list": (Entries, add_attribute, lambda value: value.n),
+    "bytes": (lambda: bytearray(1), add_entry(0), bytes),
+    "an array of Python's": (lambda: array.array("i", [0]), add_entry(0), list),
+    "a large array": (lambda: np.zeros(contents.SMALL), add_entry(0), lambda value: value[0]),
+    "lists in lists": (nested, add_entry(1), lambda value: value[1]),
+    "compiled code": (
+        lambda: torch.jit.script(Script()),
+        lambda value: value(X[0]),
+        lambda value: (value.n, value.sum.item(), value.norm.num_batches_tracked.item()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_whatever_an_attribute_holds_changes_once_a_step(name):
+    make, change, read = OBJECTS[name]
+
+    class Holding(Base):
+        def init(self):
+            self.held = make()
+
+        def forward(self, x):
+            change(self.held)
+            return self.linear(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = []
+        for perturbation in (None, SAMPerturbation(0.1)):
+            model, optimizer = build(Holding, perturbation)
+            for i in range(3):
+                step(model, optimizer, i)
+            found.append(read(model.held))
+            if perturbation is not None:
+                with pytest.raises(KeyboardInterrupt):
+                    step(model, optimizer, 3, fail=2)
+                found.append(read(model.held))
+        assert found[0] == found[1] == found[2]
+
+
+def test_a_tensor_of_a_class_of_its_own_is_named():
+    class Own(torch.Tensor):
+        pass
+
+    class Counting(Base):
+        def init(self):
+            self.count = torch.zeros(1).as_subclass(Own)
+
+        def forward(self, x):
+            self.count += 1
+            return self.linear(x)
+
+    model, optimizer = build(Counting, SAMPerturbation(0.1))
+    with pytest.warns(UserWarning, match=r"model\.count is .* of a class that cannot be copied"):
+        step(model, optimizer, 0)
+
+
 class Busy(nn.Module):
     """Counts its forwards in every way there is, in a network with BatchNorm and dropout."""
 
@@ -445,9 +579,13 @@ def test_constant_tensors_are_copied_once_and_trained_ones_never():
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, CLASSES))
     model.register_buffer("mask", torch.ones(contents.SMALL))
     model.register_buffer("mean", torch.zeros(6))
+    model.data, model.on_disk = (
+        np.ones(contents.SMALL),
+        np.broadcast_to(np.ones(1), contents.SMALL),
+    )  # read-only
     effects, trained = SideEffects(model), list(model.parameters())
     first = effects.take(trained, start=True)
-    assert [c.where for c in first.contents if c.copy is not None] == ["mask", "mean"]
+    assert [c.where for c in first.contents if c.copy is not None] == ["data", "mask", "mean"]
     effects.restore(first)
     second = effects.take(trained, start=True)
     assert [c.where for c in second.contents if c.copy is not None] == ["mean"]

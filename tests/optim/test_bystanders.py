@@ -8,6 +8,7 @@ import pytest
 import torch
 from composer.models import ComposerClassifier
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -164,6 +165,26 @@ def test_an_exception_in_an_ascent_leaves_a_bystanders_gradient():
     with pytest.raises(ZeroDivisionError):
         optimizer.step(closure)
     assert other.grad.tolist() == [7.0] and torch.autograd.backward is backward
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        lambda loss: torch.autograd.backward(loss for loss in [loss]),
+        lambda loss: torch.autograd.backward(get_gradient_edge(loss), torch.ones(1)),
+    ],
+    ids=["iterator", "edge"],
+)
+def test_a_loss_is_found_however_it_is_handed_over(backward):
+    w, other = nn.Parameter(torch.tensor([3.0])), torch.tensor([1.0], requires_grad=True)
+    optimizer = SharpnessAwareOptimizer(torch.optim.SGD([w], lr=0.0), SAMPerturbation(0.5))
+
+    def closure():
+        backward(loss := w**2 * other)
+        return loss
+
+    optimizer.step(closure)
+    assert other.grad.tolist() == [3.5**2]
 
 
 def test_a_reentrant_checkpoint_within_an_ascent_keeps_its_gradient():
