@@ -141,7 +141,8 @@ def the_model_says_its_group(loop: str) -> None:
     """Also where DDP has been compiled, or is a part of the model; the replicas are equal."""
     rank = dist.get_global_rank()
     ends = []
-    for around in (lambda ddp: ddp, torch.compile, nn.Sequential):
+    compiled = partial(torch.compile, backend="eager")  # the default one starts processes of its own
+    for around in (lambda ddp: ddp, compiled, nn.Sequential):
         ddp = DistributedDataParallel(net(0))
         # The loop runs `ddp` itself: what the compiler makes of it is not in question.
         ends.append(train(loop, ddp, rank, model=around(ddp))[:2])
