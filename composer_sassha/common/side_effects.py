@@ -44,7 +44,7 @@ class SideEffects:
         walk, ids = self._walk, {id(p) for p in trained}
         if walk is None or walk.trained_ids != ids or walk.has_changed():
             walk = self._walk = Walk(ids, walk, is_sharded(self.model))
-            walk.modules("", self.model)
+            walk.start(self.model)
             for where, kind in walk.unknown:
                 self._name(where, f"is a {kind}, whose position cannot be put back")
         contents = self._contents.take(walk.tensors, walk.trained, start, learn)

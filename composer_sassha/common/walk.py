@@ -127,6 +127,11 @@ class Walk:
             or not all(is_same(attributes_of(value), before) for _, value, before in seen.watched)
         )
 
+    def start(self, model: nn.Module) -> None:
+        """Walk through all of a model."""
+        self.modules("", model)
+        self._known, self._arrays_before = {}, {}  # which may hold outputs of earlier steps
+
     def modules(self, path: str, model: nn.Module) -> None:
         """Walk through a model that is found at `path`."""
         for name, module in model.named_modules(prefix=path):

@@ -3,9 +3,11 @@
 import array
 import copy
 import enum
+import gc
 import random
 import types
 import warnings
+import weakref
 from collections import OrderedDict, deque
 
 import numpy as np
@@ -391,6 +393,10 @@ def add_attribute(value):
     value.n += 1
 
 
+def add_new(value):
+    value.new = getattr(value, "new", 0) + 1
+
+
 def add_entry(key):
     def add(value):
         value[key] += 1
@@ -407,7 +413,7 @@ def nested():
 
 OBJECTS = {
     "slots": (Slotted, add_attribute, lambda value: value.n),
-    "a slot that was empty": (Slotted, lambda value: setattr(value, "new", value.n), lambda value: value.new),
+    "a slot that was empty": (Slotted, add_new, lambda value: value.new),
     "an object in an object": (
         lambda: Holder(Slotted()),
         lambda v: add_attribute(v.part),
@@ -457,6 +463,22 @@ def test_whatever_an_attribute_holds_changes_once_a_step(name):
                     step(model, optimizer, 3, fail=2)
                 found.append(read(model.held))
         assert found[0] == found[1] == found[2]
+
+
+def test_of_outputs_that_a_model_keeps_only_the_latest_is_alive():
+    outputs = []
+
+    class Keeping(Base):
+        def forward(self, x):
+            self.latest = self.linear(x)
+            outputs.append(weakref.ref(self.latest))
+            return self.latest
+
+    model, optimizer = build(Keeping, SAMPerturbation(0.1))
+    for i in range(4):
+        step(model, optimizer, i)
+        gc.collect()
+        assert [output() for output in outputs if output() is not None] == [model.latest]
 
 
 def test_a_tensor_of_a_class_of_its_own_is_named():
