@@ -14,7 +14,8 @@ from torch.jit import ScriptModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_sassha.common.contents import SMALL, Content
+from composer_sassha.common import contents
+from composer_sassha.common.contents import Content
 from composer_sassha.common.values import (
     ATOMS,
     CONTAINERS,
@@ -193,8 +194,12 @@ class Walk:
                 todo.extend(self._object(module, where, value))
 
     def _array(self, value: Any) -> Tensor | None:
-        """Return a large array as a tensor, which is copied only if a forward changes it."""
-        if not isinstance(value, np.ndarray) or value.nbytes <= SMALL or not value.flags.writeable:
+        """Return a huge array as a tensor, which is copied only if the first forward changes it.
+
+        Others are copied each time, since nothing tells of a later change.
+        """
+        huge = isinstance(value, np.ndarray) and value.nbytes > contents.ALLOWANCE
+        if not huge or not value.flags.writeable:
             return None
         view = self._arrays_before.get(id(value))
         if view is None:

@@ -404,6 +404,12 @@ def add_entry(key):
     return add
 
 
+def add_late(value):
+    value[0] += 1
+    if value[0] > 2:
+        value[1][0] += 1
+
+
 def nested():
     inner = []
     for _ in range(2000):
@@ -429,6 +435,11 @@ OBJECTS = {
     "bytes": (lambda: bytearray(1), add_entry(0), bytes),
     "an array of Python's": (lambda: array.array("i", [0]), add_entry(0), list),
     "a large array": (lambda: np.zeros(contents.SMALL), add_entry(0), lambda value: value[0]),
+    "a large array that changes late": (
+        lambda: [0, np.zeros(contents.SMALL)],
+        add_late,
+        lambda value: (value[0], value[1][0]),
+    ),
     "lists in lists": (nested, add_entry(1), lambda value: value[1]),
     "compiled code": (
         lambda: torch.jit.script(Script()),
@@ -597,17 +608,19 @@ def test_what_cannot_be_put_back_is_named_once():
         step(model, optimizer, 1)
 
 
-def test_constant_tensors_are_copied_once_and_trained_ones_never():
+def test_constant_tensors_are_copied_once_and_trained_ones_never(monkeypatch):
+    monkeypatch.setattr(contents, "ALLOWANCE", 4 * contents.SMALL)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, CLASSES))
     model.register_buffer("mask", torch.ones(contents.SMALL))
     model.register_buffer("mean", torch.zeros(6))
-    model.data, model.on_disk = (
+    model.huge, model.fixed = (
         np.ones(contents.SMALL),
-        np.broadcast_to(np.ones(1), contents.SMALL),
-    )  # read-only
+        np.broadcast_to(np.ones(1), 3),
+    )  # the second is read-only
     effects, trained = SideEffects(model), list(model.parameters())
     first = effects.take(trained, start=True)
-    assert [c.where for c in first.contents if c.copy is not None] == ["data", "mask", "mean"]
+    assert [c.where for c in first.contents if c.copy is not None] == ["mask", "mean"]
+    assert not first.generators  # nor are the arrays copied
     effects.restore(first)
     second = effects.take(trained, start=True)
     assert [c.where for c in second.contents if c.copy is not None] == ["mean"]
