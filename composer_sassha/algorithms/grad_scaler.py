@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
-from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks
+from composer_sassha.common.ranks import ALONE, Group, Ranks, given_ranks
 from composer_sassha.optim import SharpnessAwareOptimizer
 from composer_sassha.optim.parameters import ParameterView
 
@@ -51,7 +51,7 @@ class ClosureGradScaler(torch.amp.GradScaler):
         tensor([0.8000])
     """
 
-    def __init__(self, *args: Any, process_group: Given = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, process_group: Group = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._given = given_ranks("ClosureGradScaler", process_group)
 

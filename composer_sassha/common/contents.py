@@ -41,7 +41,7 @@ class Content:
 
 @dataclass(eq=False)
 class _Known:
-    """What is known of the large tensor at one place."""
+    """Findings about the large tensor at one place."""
 
     latest: Content
     moves: bool = False  # a forward has changed it

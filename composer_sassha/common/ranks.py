@@ -102,10 +102,10 @@ def world() -> Ranks:
 
 
 # The argument `process_group`: these ranks, this one alone (False), or what the model says (None).
-Given = ProcessGroup | Ranks | Literal[False] | None
+Group = ProcessGroup | Ranks | Literal[False] | None
 
 
-def given_ranks(owner: str, process_group: Given) -> Ranks | None:
+def given_ranks(owner: str, process_group: Group) -> Ranks | None:
     """Return the ranks that an argument `process_group` gives; None if it gives none.
 
     Raises:
@@ -163,8 +163,8 @@ def sharing(given: Ranks | None, model: nn.Module | None, mesh: Ranks | None = N
         # exactly its mesh.
         if not own.members <= given.members or (own == mesh and own.size != given.size):
             raise ValueError(
-                f"SharpnessAwareOptimizer: process_group= of ranks {sorted(given.members)} is not allowed "
-                f"for a model whose gradient {sorted(own.members)} average (DistributedDataParallel, FSDP2); "
-                "leave it out"
+                f"SharpnessAwareOptimizer: process_group= of ranks {sorted(given.members)} is not allowed for "
+                f"a model whose gradient ranks {sorted(own.members)} average (DistributedDataParallel, "
+                "FSDP2); leave it out"
             )
     return given

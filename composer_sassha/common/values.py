@@ -143,7 +143,7 @@ def entries_of(value: Any) -> Iterable[Any]:
     return held
 
 
-def copied(value: Any) -> Any:
+def shallow(value: Any) -> Any:
     """Return a shallow copy of a container, of Python's own class."""
     kind = _kind_of(value)
     if type(value) is kind:

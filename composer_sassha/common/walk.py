@@ -21,7 +21,6 @@ from composer_sassha.common.values import (
     CONTAINERS,
     HOLDERS,
     attributes_of,
-    copied,
     entries_of,
     fill_slots,
     is_constant,
@@ -29,6 +28,7 @@ from composer_sassha.common.values import (
     is_same,
     plain_parts,
     refill,
+    shallow,
     slots_of,
     state_of,
     state_of_script,
@@ -43,7 +43,7 @@ _FILLED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 @dataclass
 class Seen:
-    """What a model was at one moment; see `composer_sassha.common.side_effects`.
+    """The state of a model at one moment; see `composer_sassha.common.side_effects`.
 
     Attributes:
         modules: the modules' own dictionaries, each with the module's name.
@@ -61,7 +61,7 @@ class Seen:
 
 
 class Kept:
-    """What a module keeps in its dictionaries, as it was when one of them last changed.
+    """The dictionaries of a module, as they were when one of them last changed.
 
     Args:
         module: the module.
@@ -188,7 +188,7 @@ class Walk:
                 self.unknown.append((where, type(value).__name__))
             else:
                 if isinstance(value, CONTAINERS):
-                    self.seen.containers.append((module, value, copied(value)))
+                    self.seen.containers.append((module, value, shallow(value)))
                 if isinstance(value, HOLDERS):
                     todo.extend(each for each in entries_of(value) if type(each) not in ATOMS)
                 todo.extend(self._object(module, where, value))
@@ -196,7 +196,7 @@ class Walk:
     def _array(self, value: Any) -> Tensor | None:
         """Return a huge array as a tensor, which is copied only if the first forward changes it.
 
-        Others are copied each time, since nothing tells of a later change.
+        Others are copied each time, since nothing shows a later change.
         """
         huge = isinstance(value, np.ndarray) and value.nbytes > contents.ALLOWANCE
         if not huge or not value.flags.writeable:

@@ -141,7 +141,7 @@ def _refuse_sparse(grads: Sequence[Tensor | None], what: str) -> None:
 
 
 class _States(Sequence[Mapping[str, Any]]):
-    """What the optimizer keeps for each parameter: only looked up where a program reads it, as MSAM does."""
+    """The optimizer's state of each parameter, looked up only where a program reads it, as MSAM does."""
 
     def __init__(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         self._params, self._state = params, state

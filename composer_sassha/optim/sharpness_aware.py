@@ -9,7 +9,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from composer_sassha.common import validate
-from composer_sassha.common.ranks import Given, given_ranks
+from composer_sassha.common.ranks import Group, given_ranks
 from composer_sassha.curvature import LazyCurvature
 from composer_sassha.optim import supported
 from composer_sassha.optim.counters import Counters
@@ -86,7 +86,7 @@ class SharpnessAwareOptimizer(OptimizerProxy):
         *,
         curvature: LazyCurvature | None = None,
         model: nn.Module | None = None,
-        process_group: Given = None,
+        process_group: Group = None,
         sync_ascent: bool = False,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         partial_ascent: bool = False,

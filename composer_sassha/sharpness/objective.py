@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from composer_sassha.common.batches import Indivisible, Samples, copied, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.ranks import ALONE, Given, Ranks, given_ranks, sharing
+from composer_sassha.common.ranks import ALONE, Group, Ranks, given_ranks, sharing
 from composer_sassha.common.side_effects import SideEffects
 from composer_sassha.common.snapshot import Snapshot
 from composer_sassha.common.tensors import flatten, unflatten, wide_dtype
@@ -64,7 +64,7 @@ class Objective:
         params: Mapping[str, Tensor],
         loss: Callable[[Any], Tensor],
         batches: Sequence[tuple[Any, int]],
-        process_group: Given = None,
+        process_group: Group = None,
         tick: Callable[[], None] = lambda: None,
         alone: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         cut: Samples = Samples(),  # noqa: B008  # frozen
@@ -195,7 +195,7 @@ def objective_of(
     model: nn.Module,
     batches: Sequence[tuple[Any, int]],
     tick: Callable[[], None] = lambda: None,
-    process_group: Given = None,
+    process_group: Group = None,
     cut: Samples = Samples(),  # noqa: B008  # frozen
 ) -> Objective:
     """Return the objective of a model that computes its own loss, `model.loss(model(batch), batch)`.

@@ -282,7 +282,7 @@ def checks_in(out: Path) -> dict[str, Callable[[], None]]:
 
 
 def groups_of(size: int, out: Path) -> None:
-    """Train one model on each group of so many ranks, every rank on its own images; write the ends."""
+    """Train one model on each group of `size` ranks, every rank on its own images; write the ends."""
     rank = dist.get_global_rank()
     groups = [torch_dist.new_group(range(k, k + size)) for k in range(0, dist.get_world_size(), size)]
 
