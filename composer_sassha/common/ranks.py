@@ -163,8 +163,8 @@ def sharing(given: Ranks | None, model: nn.Module | None, mesh: Ranks | None = N
         # exactly its mesh.
         if not own.members <= given.members or (own == mesh and own.size != given.size):
             raise ValueError(
-                f"SharpnessAwareOptimizer: process_group= of ranks {sorted(given.members)} is not allowed for "
-                f"a model whose gradient ranks {sorted(own.members)} average (DistributedDataParallel, "
+                f"SharpnessAwareOptimizer: process_group= of ranks {sorted(given.members)} is not allowed "
+                f"for a model whose gradient ranks {sorted(own.members)} average (DistributedDataParallel, "
                 "FSDP2); leave it out"
             )
     return given
