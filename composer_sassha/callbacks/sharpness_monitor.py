@@ -8,7 +8,7 @@ from typing import Any
 
 from composer.core import Callback, DataSpec, Event, State, Time, ensure_data_spec
 from composer.loggers import Logger
-from composer.utils import MissingConditionalImportError, create_interval_scheduler, dist
+from composer.utils import MissingConditionalImportError, create_interval_scheduler
 
 from composer_sassha.algorithms.given import samples_of
 from composer_sassha.callbacks.batches import take
@@ -200,8 +200,7 @@ class SharpnessMonitor(Callback):
         model = unwrapped(state.model)
         deadline = Deadline(self.max_seconds, next(model.parameters()).device, world())
         with undisturbed(model, self.batch_statistics):
-            if dist.get_world_size() > 1:
-                # Each rank has BatchNorm statistics of its own; the measures must be of one function.
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, src=0)
+            # Each rank has BatchNorm statistics of its own; the measures must be of one function.
+            for buffer in model.buffers():
+                world().broadcast_(buffer)
             yield objective_of(model, self._taken, deadline, world(), self._cut)

@@ -69,7 +69,7 @@ class Ranks:
 
     def broadcast_(self, tensor: Tensor) -> None:
         """Overwrite a tensor by that of rank 0."""
-        for group in self.groups:
+        for group in self.groups if self.several else ():
             dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
 
     def broadcast_objects_(self, objects: list[Any]) -> None:
