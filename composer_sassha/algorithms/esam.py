@@ -18,7 +18,7 @@ from composer_sassha.algorithms.given import Given
 from composer_sassha.algorithms.lazy_hessian import LazyHessian
 from composer_sassha.algorithms.perturbing import PerturbingAlgorithm
 from composer_sassha.common import validate
-from composer_sassha.common.batches import Indivisible, copied, select, shared, unwrapped
+from composer_sassha.common.batches import copied, must_divide, select, shared, unwrapped
 from composer_sassha.common.validate import SettingError
 from composer_sassha.perturbations import ESAMPerturbation
 from composer_sassha.perturbations.esam import most_sensitive
@@ -208,13 +208,9 @@ class ESAM(PerturbingAlgorithm):
         return losses.detach().reshape(len(losses), -1).mean(dim=1)
 
     def _selected(self, batch: Any, index: Tensor) -> Any:
-        try:
+        advice = "give every part of the batch one entry for each sample, or set gamma=1"
+        with must_divide(f"ESAM: gamma={self.gamma} selects samples", advice):
             return select(batch, index, self._samples(batch))
-        except Indivisible as error:
-            raise SettingError(
-                f"ESAM: gamma={self.gamma} selects samples, and {error}; give every part of the batch one "
-                "entry for each sample, or set gamma=1"
-            ) from error
 
     def _samples(self, batch: Any) -> int:
         """Return the number of samples of a batch, which its inputs and targets must agree on."""

@@ -14,9 +14,8 @@ from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.algorithms.given import CUTTABLE, Given
 from composer_sassha.algorithms.predictions import predictions
-from composer_sassha.common.batches import Indivisible, Samples, copied, select, shared, unwrapped
+from composer_sassha.common.batches import Samples, copied, must_divide, select, shared, unwrapped
 from composer_sassha.common.losses import total_loss
-from composer_sassha.common.validate import SettingError
 from composer_sassha.curvature import Evaluation, LazyCurvature
 from composer_sassha.optim import SharpnessAwareOptimizer
 
@@ -151,7 +150,7 @@ class LazyHessian(MethodAlgorithm):
             samples = wiring.samples(state)
             self._batch, self._size = copied(inputs[0], shared), samples.count(inputs[0])
             if self.curvature.evaluates_again:
-                self._replay = _Replay(state, inputs[0], samples)
+                self._replay = _Replay(state, inputs[0], samples, self._size)
 
         return look
 
@@ -197,9 +196,9 @@ class _Replay:
     Must be made before the microbatch's forward, whose RNG states and buffers it copies.
     """
 
-    def __init__(self, state: State, batch: Any, samples: Samples) -> None:
+    def __init__(self, state: State, batch: Any, samples: Samples, size: float) -> None:
         self.state = state
-        self.samples, self.given, self.size = samples, Given(batch), samples.count(batch)
+        self.samples, self.given, self.size = samples, Given(batch), size
         self.before = wiring.snapshot(state, learn=False)
 
     def follow(self, event: Event) -> None:
@@ -233,15 +232,11 @@ class _Replay:
 
     def _first(self, batch: Any, count: int, inside: bool = False) -> Any:
         """Return the first samples of the microbatch, or of a part `inside` of it."""
-        try:
+        what = f"LazyHessian: a batch_fraction below 1 takes the first {count} samples of a microbatch"
+        with must_divide(what, f"{CUTTABLE}, or set batch_fraction=1"):
             if inside:
                 return select(batch, slice(count), self.size, inside) if count < self.size else batch
             return self.samples.first(batch, count, self.size)
-        except Indivisible as error:
-            raise SettingError(
-                f"LazyHessian: a batch_fraction below 1 takes the first {count} samples of a microbatch, and "
-                f"{error}; {CUTTABLE}, or set batch_fraction=1"
-            ) from error
 
     def _loss_parts(self) -> list[tuple[Tensor, int]]:
         loss = self.state.loss

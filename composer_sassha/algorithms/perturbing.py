@@ -16,8 +16,7 @@ from composer_sassha.algorithms import checks, wiring
 from composer_sassha.algorithms.base import MethodAlgorithm
 from composer_sassha.algorithms.given import CUTTABLE
 from composer_sassha.common import validate
-from composer_sassha.common.batches import Indivisible
-from composer_sassha.common.validate import SettingError
+from composer_sassha.common.batches import must_divide
 from composer_sassha.perturbations import Perturbation
 
 # A set, because comparing Composer's events one by one is slow, and `match` runs on every event of a step.
@@ -101,13 +100,10 @@ class PerturbingAlgorithm(MethodAlgorithm):
         size = samples.count(state.batch)
         # At least two: BatchNorm cannot normalize one sample by its own statistics.
         wanted = max(2, math.ceil(self.ascent_fraction * size))
-        try:
+        fraction = f"{type(self).__name__}: ascent_fraction={self.ascent_fraction}"
+        what = f"{fraction} takes the first {wanted} samples of each microbatch"
+        with must_divide(what, f"{CUTTABLE}, or set ascent_fraction=1"):
             state.batch = samples.first(state.batch, wanted, size)
-        except Indivisible as error:
-            raise SettingError(
-                f"{type(self).__name__}: ascent_fraction={self.ascent_fraction} takes the first {wanted} "
-                f"samples of each microbatch, and {error}; {CUTTABLE}, or set ascent_fraction=1"
-            ) from error
 
     def _warn_if_synchronized(self, state: State) -> None:
         """Warn once if the ascent gradient is averaged although `sync_ascent` is off."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import copyreg
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,23 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from composer_sassha.common.validate import SettingError
+from composer_sassha.common.values import attributes_of
+
 _ARRAYS = (Tensor, np.ndarray)
 
 
 class Indivisible(ValueError):
     """A batch whose samples cannot be counted or cut; the message says why, without an owner."""
+
+
+@contextlib.contextmanager
+def must_divide(what: str, advice: str) -> Iterator[None]:
+    """Re-raise `Indivisible` as SettingError: what needs a part of a batch, why there is none, what to do."""
+    try:
+        yield
+    except Indivisible as error:
+        raise SettingError(f"{what}, and {error}; {advice}") from error
 
 
 class _EachTensor(TorchFunctionMode):
@@ -92,8 +103,7 @@ def _members(batch: Any) -> dict[Any, Any]:
         return dict(enumerate(batch))
     if isinstance(batch, (*_ARRAYS, nn.Module, type)) or callable(batch):
         return {}
-    slots: list[str] = copyreg._slotnames(type(batch))  # type: ignore[attr-defined]  # inherited ones too
-    return {**getattr(batch, "__dict__", {}), **{n: getattr(batch, n) for n in slots if hasattr(batch, n)}}
+    return attributes_of(batch) or {}
 
 
 def _with_members(batch: Any, members: Mapping[Any, Any]) -> Any:
@@ -102,7 +112,7 @@ def _with_members(batch: Any, members: Mapping[Any, Any]) -> Any:
         items = list(members.values())
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if isinstance(batch, Mapping) and not isinstance(batch, MutableMapping):
-        return type(batch)(members)  # type: ignore[call-arg]
+        return type(batch)(members)  # type: ignore[call-arg]  # as MappingProxyType takes it
     chosen: Any = copy.copy(batch)
     if isinstance(batch, Mapping) and not isinstance(batch, dict):  # its copy may share what it stores
         own = getattr(chosen, "__dict__", {})

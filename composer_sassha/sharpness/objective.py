@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composer_sassha.common.batches import Indivisible, Samples, copied, unwrapped
+from composer_sassha.common.batches import Samples, copied, must_divide, unwrapped
 from composer_sassha.common.losses import total_loss
 from composer_sassha.common.ranks import ALONE, Group, Ranks, given_ranks, sharing
 from composer_sassha.common.side_effects import SideEffects
@@ -145,13 +145,12 @@ class Objective:
         ]
 
     def _part(self, batch: Any, start: int, stop: int, count: int) -> list[tuple[Any, int]]:
-        try:
+        advice = (
+            "leave it out with Measures(m=()), or give the loader a DataSpec whose split_batch makes "
+            "microbatches of it"
+        )
+        with must_divide("sharpness: m-sharpness divides batches", advice):
             return self.cut.parts(batch, start, stop, count)
-        except Indivisible as error:
-            raise SettingError(
-                f"sharpness: m-sharpness divides batches, and {error}; leave it out with Measures(m=()), or "
-                "give the loader a DataSpec whose split_batch makes microbatches of it"
-            ) from error
 
     def _loss(self, batch: Any) -> Tensor:
         torch.default_generator.manual_seed(_SEED)
