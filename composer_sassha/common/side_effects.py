@@ -20,7 +20,7 @@ class SideEffects:
     number generators. Attributes are compared by identity, large tensors by PyTorch's version counter and
     address; see `Contents` for what is copied. If something in a module cannot be put back, all of the module
     is left as it is, and that is said once: a cache restored without its flag would be worse than none.
-    Nothing tells of a write through `.data` into a large tensor, or into an array above `contents.ALLOWANCE`,
+    A write through `.data` into a large tensor, or into an array above `contents.ALLOWANCE`, is not noticed
     if it first comes after the first step.
 
     Args:

@@ -139,7 +139,8 @@ class Walk:
             if id(module) in self._met:
                 continue
             self._met.add(id(module))
-            # What a lazy module makes of itself in its first forward stays.
+            # What a lazy module makes of itself in its first forward stays. (torch types the method for a
+            # protocol that only lazy modules meet.)
             lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
             self.lazy |= lazy
             if isinstance(module, _WRAPPERS) or lazy:

@@ -35,7 +35,7 @@ def stand_in(
     chain = loss.detach()
     for leaf in leaves:
         chain = _Delivery.apply(chain, leaf, grads)  # type: ignore[no-untyped-call]  # torch's has no types
-    weighed: Tensor = _Weighing.apply(chain, multiply)  # type: ignore[no-untyped-call]
+    weighed: Tensor = _Weighing.apply(chain, multiply)  # type: ignore[no-untyped-call]  # likewise
     return weighed
 
 

@@ -36,4 +36,5 @@ def leaves(output: Tensor | GradientEdge, besides: Iterable[Tensor] = ()) -> lis
     """
     known = set(besides)
     accumulating = [node for node in nodes(output) if node.name() == "torch::autograd::AccumulateGrad"]
-    return [node.variable for node in accumulating if node.variable not in known]  # type: ignore[attr-defined]
+    found = (node.variable for node in accumulating)  # type: ignore[attr-defined]  # only this kind has one
+    return [leaf for leaf in found if leaf not in known]

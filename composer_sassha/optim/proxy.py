@@ -79,7 +79,8 @@ class OptimizerProxy(Optimizer):
                 "(LayerFreezing does), and neither PyTorch nor Composer can save and resume such a run; "
                 "freeze them from the start with requires_grad_(False), or save no checkpoint"
             )
-        return tree_map(lambda leaf: leaf, self.base_optimizer.state_dict())  # type: ignore[no-any-return]
+        copy: dict[str, Any] = tree_map(lambda leaf: leaf, self.base_optimizer.state_dict())
+        return copy
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this or of the base optimizer."""
