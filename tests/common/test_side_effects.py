@@ -1,6 +1,7 @@
 """What a forward changes in its model: each step leaves what one pass leaves, and a failed step nothing."""
 
 import array
+import contextlib
 import copy
 import enum
 import gc
@@ -295,11 +296,22 @@ def _plain(value):
     return [_plain(each) for each in value] if isinstance(value, (list, tuple, deque)) else copy.copy(value)
 
 
+@contextlib.contextmanager
+def without_warnings():
+    """Turn warnings into errors. Garbage of earlier tests, whose finalizers warn, is left for later."""
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        gc.enable()
+
+
 @each_model
 @pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
 def test_at_radius_zero_it_trains_as_without(kind, partial):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         found = []
         for perturbation in (None, SAMPerturbation(0.0)):
             settings = {} if perturbation is None else {"partial_ascent": partial}
@@ -461,8 +473,7 @@ def test_whatever_an_attribute_holds_changes_once_a_step(name):
             change(self.held)
             return self.linear(x)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         found = []
         for perturbation in (None, SAMPerturbation(0.1)):
             model, optimizer = build(Holding, perturbation)
@@ -603,8 +614,7 @@ def test_what_cannot_be_put_back_is_named_once():
     found = sorted(str(each.message) for each in caught)
     assert "model.batches is a range_iterator, whose position" in found[0]
     assert "model.meter is a Meter that a forward changes" in found[1] and len(found) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         step(model, optimizer, 1)
 
 
