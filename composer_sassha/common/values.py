@@ -131,7 +131,8 @@ def is_constant(value: Any) -> bool:
 
 
 def _kind_of(value: Any) -> Any:
-    return next(kind for kind in HOLDERS if isinstance(value, kind))
+    own = type(value)
+    return own if own in HOLDERS else next(kind for kind in HOLDERS if isinstance(value, kind))
 
 
 # By the methods of Python's own containers: those of a subclass may do anything, or refuse (transformers'

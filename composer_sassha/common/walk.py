@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,21 +71,22 @@ class Kept:
 
     def __init__(self, module: nn.Module, sharded: bool) -> None:
         self.module, found = module, vars(module)
-        self._names = [key for key in found if key not in _INTERNAL or key == "training"]
-        self._filled = [found[name] for name in _FILLED[sharded:]]
-        self._copies = [(each, each.copy()) for each in (found, *self._filled)]
-        self._state, self._sizes = self._now(), [len(each) for each, _ in self._copies]
+        names = [key for key in found if key not in _INTERNAL]
+        self._values = operator.itemgetter("training", *names, "training")  # of one name it is no tuple
+        self._containers = [found, *(found[name] for name in _FILLED[sharded:])]
+        self._copies = [each.copy() for each in self._containers]
+        self._state, self._sizes = self._now(), [*map(len, self._containers)]
         # Attributes that may change although the module still has the same object.
-        self.attributes = [(key, found[key]) for key in self._names if not is_constant(found[key])]
+        self.attributes = [(key, found[key]) for key in names if not is_constant(found[key])]
 
     def _now(self) -> list[Any]:
-        found = vars(self.module)
-        values = (found[name] for name in self._names)
-        return [*values, *(each for filled in self._filled[:-1] for each in filled.values())]
+        # Without a loop in Python: each step asks this of every module several times.
+        found, *filled, _ = self._containers
+        return [*self._values(found), *chain.from_iterable(map(operator.methodcaller("values"), filled))]
 
     def has_changed(self) -> bool:
         """Whether any entry is another object than it was."""
-        if self._sizes != [len(each) for each, _ in self._copies]:
+        if self._sizes != [*map(len, self._containers)]:
             return True
         try:
             return not all(map(operator.is_, self._now(), self._state))
@@ -94,7 +96,7 @@ class Kept:
     def restore(self) -> None:
         """Put back every entry, if any has changed."""
         if self.has_changed():
-            for each, copy in self._copies:
+            for each, copy in zip(self._containers, self._copies, strict=True):
                 refill(each, copy)
 
 
