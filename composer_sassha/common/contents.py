@@ -54,6 +54,8 @@ class Contents:
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
+        self._tensors: Sequence[tuple[str, Tensor]] = ()  # of the latest call
+        self._judged: list[tuple[str, Tensor, bool]] = []  # these, and whether they are copied each time
 
     def take(
         self, tensors: Sequence[tuple[str, Tensor]], trained: int, start: bool, learn: bool
@@ -61,28 +63,25 @@ class Contents:
         """Return the contents of tensors, each with its place.
 
         Args:
-            tensors: the tensors.
+            tensors: the tensors. The same list as in the latest call has the same tensors.
             trained: the size of the trained parameters in bytes.
             start: a step begins.
             learn: a forward may have run since the last call.
         """
         first, left = not self._known, max(ALLOWANCE, 2 * trained)
-        known, found, lacking = self._known, [], []
+        known = self._known
         if start:
             self._known = {}  # without what has gone since
-        met: set[str] = set()
-        for where, tensor in tensors:
-            if tensor.is_inference() or is_lazy(tensor):  # neither has a version
+        if tensors is not self._tensors:
+            self._judge(tensors)
+        found, lacking = [], []
+        for where, tensor, each_time in self._judged:
+            now = Content(where, tensor, None if each_time else _mark(tensor))
+            found.append(now)
+            if each_time:
+                lacking.append(now)
                 continue
-            size = tensor.numel() * tensor.element_size()
-            if size <= SMALL and _is_writable(tensor):
-                lacking.append(Content(where, tensor, None))
-                found.append(lacking[-1])
-                continue
-            while where in met:  # several in one list
-                where += "'"
-            met.add(where)
-            now = Content(where, tensor, _mark(tensor))
+            size = _bytes(tensor)
             place = self._known[where] = known.get(where) or _Known(now, tried=not first)
             if learn:
                 self._learn(place, now, start)
@@ -94,11 +93,26 @@ class Contents:
                 if now.copy is None and _is_writable(tensor):
                     lacking.append(now)
             place.latest = now
-            found.append(now)
         copies = copy_of(local(now.tensor for now in lacking))
         for now, copy in zip(lacking, copies, strict=True):
             now.copy = copy
         return found
+
+    def _judge(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self._tensors, self._judged = tensors, []
+        met: set[str] = set()
+        for where, tensor in tensors:
+            if is_lazy(tensor):
+                self._tensors = ()  # look again: it may become an ordinary tensor
+            elif tensor.is_inference():  # it has no version
+                continue
+            elif _bytes(tensor) <= SMALL and _is_writable(tensor):
+                self._judged.append((where, tensor, True))
+            else:
+                while where in met:  # several in one list
+                    where += "'"
+                met.add(where)
+                self._judged.append((where, tensor, False))
 
     def _learn(self, place: _Known, now: Content, start: bool = False) -> None:
         """Find out whether a forward has changed a tensor since it was looked at."""
@@ -145,6 +159,10 @@ class Contents:
             if content.mark is not None:
                 content.mark = _mark(content.tensor)
                 self._known[content.where].latest = content
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _mark(tensor: Tensor) -> Any:
